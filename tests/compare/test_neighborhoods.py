@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxscape import compare
+from jaxscape.compare import neighborhoods
 
 
 def neighbors_of(n, k, seed=0):
@@ -71,6 +72,106 @@ def test_neighbor_overlap_of_more_points_than_a_batch():
     assert compare.neighbor_overlap(a, b, 4) == pytest.approx(np.mean(shares), rel=1e-5)
 
 
+def test_terms_are_what_the_overlaps_average():
+    shares = [np.mean(LABELS[row[:7]] == LABELS[i]) for i, row in enumerate(INDICES)]
+    assert np.asarray(neighborhoods.label_agreement(INDICES, LABELS, 7)) == pytest.approx(np.asarray(shares), rel=1e-6)
+    by_class = np.mean([np.asarray(shares)[label == LABELS].mean() for label in range(3)])
+    assert neighborhoods.mean_over_classes(shares, LABELS) == pytest.approx(by_class, rel=1e-6)
+    other = neighbors_of(90, 40, seed=2)
+    common = [len(set(a[:8]) & set(b[:8])) / 8 for a, b in zip(INDICES.tolist(), other.tolist(), strict=True)]
+    assert np.asarray(neighborhoods.neighbor_agreement(INDICES, other, 8)) == pytest.approx(np.asarray(common))
+
+
+def test_class_fraction_is_traceable():
+    traced = jax.jit(lambda labels: compare.label_overlap(INDICES, labels, class_fraction=0.3))
+    expected = compare.label_overlap(INDICES, LABELS, class_fraction=0.3)
+    assert traced(LABELS) == pytest.approx(float(expected), rel=1e-6)
+    assert np.isnan(jax.jit(lambda labels: compare.label_overlap(INDICES, labels, class_fraction=0.9))(LABELS))
+
+
+def clouds_compared_by_dadapy():
+    rng = np.random.default_rng(7)
+    z = rng.normal(size=(120, 4))
+    labels = np.arange(120) % 3
+    labels[:40] = 0
+    a = z + 1.5 * np.eye(4)[labels]
+    b = z[:, :2] ** 2 + 0.1 * rng.normal(size=(120, 2))
+    return a.astype(np.float32), b.astype(np.float32), labels
+
+
+def all_ranks(x):
+    """Others by distance then index, nearest first, int [N, N - 1], in float64."""
+    x = np.asarray(x, np.float64)
+    distances = np.sqrt(((x[:, None] - x[None]) ** 2).sum(-1))
+    np.fill_diagonal(distances, -1)
+    return np.argsort(distances, axis=1, kind="stable")[:, 1:]
+
+
+def test_agrees_with_dadapy():
+    """DADApy 0.3.4: MetricComparisons(a, maxk=119).return_information_imbalace(b, k) and .return_label_overlap."""
+    a, b, labels = clouds_compared_by_dadapy()
+    nearest_a, nearest_b = all_ranks(a), all_ranks(b)
+    for k, a_to_b, b_to_a in ((1, 0.63, 0.93), (3, 0.71, 0.96)):
+        found = neighborhoods.information_imbalances(nearest_a, a, nearest_b, b, k)
+        assert np.round(np.asarray(found), 2) == pytest.approx([a_to_b, b_to_a], abs=1e-6)  # it rounds to two digits
+    by_fraction = compare.label_overlap(nearest_a, labels, class_fraction=0.3)
+    assert by_fraction == pytest.approx(0.6381578947368423, rel=1e-6)
+    assert compare.label_overlap(nearest_a, labels, 10) == pytest.approx(0.6916666666666667, rel=1e-6)
+    assert compare.label_overlap(nearest_a, labels, 10, balanced=True) == pytest.approx(0.63658810325477, rel=1e-6)
+
+
+@pytest.mark.parametrize("points", ["spread", "grid", "far", "repeated"])
+def test_conditional_ranks_against_sorting_everything(points):
+    """Ties in plenty on the grid, digits lost to an offset far off, many distances to settle where points repeat."""
+    rng = np.random.default_rng(3)
+    x = {
+        "spread": rng.normal(size=(150, 5)),
+        "grid": rng.integers(0, 4, (150, 5)),
+        "far": rng.integers(0, 40, (150, 5)) / 64 + 1000,
+        "repeated": rng.integers(0, 2, (150, 5)) * [1, 1, 0, 0, 0],
+    }[points].astype(np.float32)
+    order = all_ranks(x)
+    indices = neighbors_of(150, 3, seed=4)
+    expected = [[1 + order[i].tolist().index(j) for j in row] for i, row in enumerate(indices.tolist())]
+    for tile in (None, 37, 1):
+        assert np.array_equal(neighborhoods.conditional_ranks(indices, x, 3, tile_size=tile), expected)
+    if points == "spread":
+        with jax.enable_x64(True):
+            assert np.array_equal(neighborhoods.conditional_ranks(indices, x.astype(float), 3), expected)
+        for scale in (1e-25, 1e25):
+            assert np.array_equal(neighborhoods.conditional_ranks(indices, x * np.float32(scale), 3), expected)
+        jitted = jax.jit(neighborhoods.information_imbalance, static_argnums=2)(indices, x, 3)
+        assert jitted == pytest.approx(2 / 150 * np.mean(expected), rel=1e-5)
+        terms = neighborhoods.imbalance_terms(expected)
+        assert np.asarray(terms) == pytest.approx(np.mean(expected, axis=1) / 75, rel=1e-6)
+
+
+def test_information_imbalance_limits():
+    """The same distances: 2 / N. Unrelated points: the mean rank is N / 2, so 1 within 5 / sqrt(3 N)."""
+    rng = np.random.default_rng(5)
+    x, y = rng.normal(size=(150, 5)).astype(np.float32), rng.normal(size=(150, 5)).astype(np.float32)
+    assert neighborhoods.information_imbalance(all_ranks(x), x) == pytest.approx(2 / 150, rel=1e-6)
+    assert neighborhoods.information_imbalance(all_ranks(x), y) == pytest.approx(1, abs=5 / np.sqrt(450))
+
+
+@pytest.mark.parametrize(
+    ("indices", "x", "options", "message"),
+    [
+        (INDICES, np.ones((80, 2)), {}, r"same points, got \(90, 30\) and \(80, 2\)"),
+        (INDICES, np.ones(90), {}, r"same points, got \(90, 30\) and \(90,\)"),
+        (INDICES, np.ones((90, 2)), {"k": 31}, "k=31"),
+        (INDICES, np.ones((90, 2)), {"k": 0}, "k=0"),
+        (INDICES, np.ones((90, 2)), {"tile_size": 0}, "tile_size=0"),
+        (np.tile(np.arange(90)[:, None], 2), np.ones((90, 2)), {}, r"indices_a\[0, 0\] = 0"),
+        (INDICES + 60, np.ones((90, 2)), {}, r"0 to 89, got indices_a\["),
+        (INDICES, np.where(np.eye(90, 2, -3), np.nan, 1), {}, r"x_b must be finite, got x_b\[3, 0\] = nan"),
+    ],
+)
+def test_conditional_ranks_refuses(indices, x, options, message):
+    with pytest.raises(ValueError, match=message):
+        neighborhoods.conditional_ranks(indices, x, **options)
+
+
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
@@ -97,3 +198,5 @@ def test_other_refusals():
     for k in (0, 31):
         with pytest.raises(ValueError, match=f"k={k}"):
             compare.neighbor_overlap(INDICES, INDICES, k)
+    with pytest.raises(ValueError, match=r"each of the 90 labels, got shape \(80,\)"):
+        neighborhoods.mean_over_classes(np.ones(80), LABELS)
