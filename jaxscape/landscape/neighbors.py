@@ -1,22 +1,21 @@
 """Exact nearest neighbours, without ever holding the N x N matrix of distances.
 
-Letters in shapes: N points, D features, K neighbours, T rows of a tile, M candidates, B rows searched directly.
+What is found is the same wherever it runs; how, is the business of three rooms: `host_search` (CPUs), `compiled_search`
+(accelerators, and points being traced) and `ring_search` (points spread over several devices).
 """
 
-import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.sharding import Mesh
 
-_TILE_ELEMENTS = 1 << 24  # scores held at once: 64 MiB in float32
-_TILE_ROWS = 1024
-_GATHER_ELEMENTS = 1 << 22  # coordinates gathered at once when distances are recomputed
-_SEARCH_ROWS = 8  # rows of one step of an exact search
-_METRICS = ("euclidean",)
+from jaxscape.landscape import compiled_search, host_search, ring_search
+from jaxscape.landscape.distances import as_points, unit_vectors
+from jaxscape.landscape.ring_search import Spread
+
+METRICS = ("euclidean", "cosine")
 
 
 class Neighbors(NamedTuple):
@@ -30,189 +29,134 @@ class Neighbors(NamedTuple):
     indices: jax.Array
 
 
-def as_points(x, name: str = "x") -> jax.Array:
-    """Return `x` as a float32 (or float64, when it is and x64 is on) array [N, D] of finite numbers.
-
-    Integers and half-precision floats become float32. Raises ValueError when `x` isn't two-dimensional, has no
-    features, isn't real, or holds NaN or Inf (not checked on values that are being traced).
-    """
-    points = jnp.asarray(x)
-    if points.ndim != 2:
-        raise ValueError(f"{name} must have two dimensions [points, features], got shape {points.shape}")
-    if points.shape[1] == 0:
-        raise ValueError(f"{name} must have at least one feature, got shape {points.shape}")
-    if jnp.issubdtype(points.dtype, jnp.complexfloating):
-        raise ValueError(f"{name} must be real, got dtype {points.dtype}")
-    if points.dtype not in (jnp.float32, jnp.float64):
-        points = points.astype(jnp.float32)
-    if not isinstance(points, jax.core.Tracer) and not bool(_all_finite(points)):
-        row, column = np.argwhere(~np.isfinite(np.asarray(points)))[0]
-        raise ValueError(f"{name} must be finite, got {name}[{row}, {column}] = {points[row, column]}")
-    return points
-
-
 def drop_duplicates(x) -> np.ndarray:
     """Return the ascending int64 indices [M] of the distinct rows of `x` [N, D]: first occurrences.
 
     Rows are duplicates when all their values are equal (0.0 equals -0.0). Runs on the host: the number of rows
     that stay depends on the data.
     """
-    rows = np.ascontiguousarray(np.asarray(x) + 0.0)  # -0.0 + 0.0 is 0.0, so equal rows have equal bytes
+    rows = np.asarray(x)
     if rows.ndim != 2:
         raise ValueError(f"x must have two dimensions [points, features], got shape {rows.shape}")
     if rows.shape[0] == 0 or rows.shape[1] == 0:
         return np.arange(min(1, rows.shape[0]))
-    as_bytes = rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).ravel()
-    return np.sort(np.unique(as_bytes, return_index=True)[1])
+    # Equal rows have equal hashes; only the few that share one are compared, byte by byte.
+    _, group, sizes = np.unique(_hashes(rows), return_inverse=True, return_counts=True)
+    suspects = np.flatnonzero(sizes[group] > 1)
+    kept = np.ones(len(rows), bool)
+    if len(suspects):
+        same = np.ascontiguousarray(rows[suspects] + 0.0)  # -0.0 + 0.0 is 0.0, so equal rows have equal bytes
+        as_bytes = same.view(np.dtype((np.void, same.itemsize * same.shape[1]))).ravel()
+        kept[suspects] = False
+        kept[suspects[np.unique(as_bytes, return_index=True)[1]]] = True
+    return np.flatnonzero(kept)
 
 
-def nearest_neighbors(x, k: int, metric: str = "euclidean", *, tile_size: int | None = None) -> Neighbors:
-    """Find the `k` nearest neighbours of every point.
+def _hashes(rows: np.ndarray) -> np.ndarray:
+    """Return a uint64 [N] of each row: integer sums, whose order can't matter, of its bits as float32."""
+    weights = np.random.default_rng(0).integers(0, 1 << 32, (2, rows.shape[1]), dtype=np.uint32) | np.uint32(1)
+    high, low = np.asarray(_weighted_bits(jnp.asarray(rows).astype(jnp.float32), weights)).astype(np.uint64)
+    return high << np.uint64(32) | low
 
-    A tiled matrix product proposes candidates; their distances are then recomputed from the differences of the
-    points, so near-duplicates and far-off origins cost no digits. A bound on the product's rounding error (see
-    `_product_error`) tells which rows might have lost a neighbour; these few are searched again, directly. The
-    result is therefore exact to the rounding of one distance, with all but certainty, and doesn't depend on the
-    tiles. Memory grows with N * k and a tile.
+
+@jax.jit
+def _weighted_bits(x, weights):
+    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)
+    bits = jnp.where(x == 0, 0, bits)
+    return jnp.stack([jnp.sum(bits * w, axis=1, dtype=jnp.uint32) for w in weights])
+
+
+def nearest_neighbors(
+    x, k: int, metric: str = "euclidean", *, queries=None, tile_size: int | None = None, mesh: Mesh | None = None
+) -> Neighbors:
+    """Find the `k` nearest neighbours of every point, or, among the points, of every query.
+
+    Tiled matrix products propose candidates; their distances are recomputed from the differences of the points, so
+    near-duplicates and far-off origins cost no digits. A bound on the products' rounding error tells which rows might
+    have lost a neighbour; these few are searched again. The result is exact to the rounding of one distance, with
+    all but certainty, and doesn't depend on the tiles. On CPUs, where k times D is so large that differences
+    would cost more than the products, distances come from the products (in float64 where float32 would lose digits).
+    Memory grows with N * k and a tile.
 
     Args:
         x: points [N, D]. float64 stays float64 (with x64 on); anything else is computed in float32.
-        k: neighbours to keep, 1 <= k <= N - 1; static.
-        metric: only "euclidean".
+        k: neighbours to keep, 1 <= k <= N - 1 (with `queries`, N); static.
+        metric: "euclidean", or "cosine": 1 - cos of the angle, found as half the squared distance of the points
+            divided by their lengths, so that small angles keep their digits.
+        queries: optional points [M, D] whose neighbours among `x` are asked for; none is left out of its own.
         tile_size: rows whose candidates are sought at once; by default as many as keep a tile at 64 MiB.
+        mesh: optional, devices to spread the points over: each holds a slice, and the slices travel in a ring.
 
     Returns:
-        Neighbors: distances [N, k] and indices [N, k]. A duplicated point is a neighbour at distance zero:
-        a point is left out of its own neighbours by its index.
+        Neighbors: distances [N, k] and indices [N, k] ([M, k] with `queries`). A duplicated point is a neighbour at
+        distance zero: a point is left out of its own neighbours by its index.
 
     Raises:
-        ValueError: unknown metric, k < 1, fewer than k + 1 points, tile_size < 1, or a bad `x` (see `as_points`).
+        ValueError: unknown metric, k < 1, fewer than k + 1 points (with `queries`, k), tile_size < 1, a point of length
+            zero where its direction is needed, different numbers of features, or a bad `x` (see `as_points`).
     """
-    if metric not in _METRICS:
-        raise ValueError(f"metric must be one of {_METRICS}, got {metric!r}")
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
     if k < 1:
         raise ValueError(f"k must be at least 1, got k={k}")
     if tile_size is not None and tile_size < 1:
         raise ValueError(f"tile_size must be at least 1, got tile_size={tile_size}")
+    points, asking = _spread(x, queries, mesh) if mesh is not None else _gather(x, queries)
+    _check_sizes(points, asking, k)
+    if metric == "cosine":
+        points, asking = (None if a is None else a._replace(rows=directions(a.rows, name, a.count))
+                          for a, name in ((points, "x"), (asking, "queries")))  # fmt: skip
+    distances, indices = _search(points, asking, k, tile_size, mesh)
+    return Neighbors(distances**2 / 2 if metric == "cosine" else distances, indices)
+
+
+def _gather(x, queries) -> tuple[Spread, Spread | None]:
     points = as_points(x)
-    if points.shape[0] < k + 1:
-        raise ValueError(f"x must have at least k + 1 = {k + 1} points, got {points.shape[0]} (k={k})")
-    return _search(points, k, _tile_rows(points.shape[0], tile_size))
+    asking = None if queries is None else as_points(queries, "queries").astype(points.dtype)
+    return Spread(points, len(points)), None if asking is None else Spread(asking, len(asking))
 
 
-def unit_scale(x):
-    """Return `x` times a power of two that brings its largest value near one, and the factor back.
+def _spread(x, queries, mesh: Mesh) -> tuple[Spread, Spread | None]:
+    return ring_search.spread(x, mesh), None if queries is None else ring_search.spread(queries, mesh, "queries")
 
-    A power of two changes no digit, and keeps the squares of very large or small values representable.
+
+def _check_sizes(points: Spread, asking: Spread | None, k: int) -> None:
+    dim = points.rows.shape[1]
+    if asking is not None and asking.rows.shape[1] != dim:
+        raise ValueError(f"queries must have the {dim} features of x, got {asking.rows.shape[1]}")
+    least = k + (asking is None)
+    if points.count < least:
+        need = f"k + 1 = {least}" if asking is None else f"k = {least}"
+        raise ValueError(f"x must have at least {need} points, got {points.count} (k={k})")
+
+
+def _search(points: Spread, asking: Spread | None, k: int, tile_size: int | None, mesh: Mesh | None):
+    if mesh is not None:
+        return ring_search.search(points, asking, k, mesh, tile_size)
+    x, queries = points.rows, None if asking is None else asking.rows
+    if not _on_host(x, queries):
+        m, n = (points if asking is None else asking).count, points.count
+        return compiled_search.search(x, queries, k, compiled_search.tile_rows(m, n, tile_size))
+    distances, indices = host_search.search(x, queries, k, tile_size)
+    return jnp.asarray(distances), jnp.asarray(indices)
+
+
+def _on_host(*arrays) -> bool:
+    """Whether all arrays are there, not traced, on one CPU."""
+    there = [a for a in arrays if a is not None]
+    if any(isinstance(a, jax.core.Tracer) for a in there):
+        return False
+    devices = set().union(*(a.devices() for a in there))
+    return len(devices) == 1 and devices.pop().platform == "cpu"
+
+
+def directions(points, name: str, count: int | None = None) -> jax.Array:
+    """Return the points divided by their lengths; ValueError where one has none (not checked on traced values).
+
+    Rows past the first `count` are padding, and may be zeros.
     """
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(x)))
-    exponent = jnp.clip(exponent, -100, 100)
-    one = jnp.ones((), x.dtype)
-    return x * jnp.ldexp(one, -exponent), jnp.ldexp(one, exponent)
-
-
-def squared_distances(x, rows):
-    """Return the squared distances [B, N] from the points `rows` [B] to all points, from their differences."""
-    difference = x[None, :, :] - x[rows][:, None, :]
-    return jnp.sum(difference * difference, axis=-1)
-
-
-@jax.jit
-def _all_finite(x):
-    return jnp.all(jnp.isfinite(x))
-
-
-def _tile_rows(n: int, tile_size: int | None) -> int:
-    rows = min(n, _TILE_ROWS, max(1, _TILE_ELEMENTS // n)) if tile_size is None else min(n, tile_size)
-    return math.ceil(n / math.ceil(n / rows))  # tiles of even height waste the fewest rows
-
-
-def _product_error(dim: int, dtype) -> float:
-    """Bound the rounding error of |a|^2 + |b|^2 - 2 a.b over |a|^2 + |b|^2, for centred points a and b.
-
-    A sum of `dim` products errs by less than u * dim; its error is a random walk of less than 8 sqrt(dim) steps
-    with all but certainty (Higham and Mary, SIAM J. Sci. Comput. 2019, with lambda = 8). Twice that, for the
-    norms and the product, and a few roundings for the centring and the sums.
-    """
-    unit = float(jnp.finfo(dtype).eps) / 2
-    return (2 * min(dim, 8 * math.sqrt(dim) + 32) + 16) * unit
-
-
-@partial(jax.jit, static_argnames=("k", "tile"))
-def _search(x, k: int, tile: int) -> Neighbors:
-    n = x.shape[0]
-    x, unit = unit_scale(x)
-    width = min(n - 1, k + max(16, k // 4))
-    error = _product_error(x.shape[1], x.dtype)
-    centred = x - jnp.mean(x, axis=0)  # an offset shared by all points would eat the product's digits
-    norms = (1 - error) * jnp.sum(centred * centred, axis=-1)
-
-    rows = jnp.minimum(jnp.arange(math.ceil(n / tile) * tile), n - 1).reshape(-1, tile)
-    candidates, floor = lax.map(lambda rows: _candidates(centred, norms, rows, width), rows)
-    candidates, floor = candidates.reshape(-1, width)[:n], floor.reshape(-1)[:n]
-    distances, indices = _refine(x, candidates, k)
-    if width < n - 1:
-        # Every point left out is at least sqrt(floor) away: below it, nothing can have been missed.
-        safe = distances[:, -1] ** 2 * (1 + error) < floor
-        distances, indices = lax.cond(
-            jnp.all(safe),
-            lambda: (distances, indices),
-            lambda: _refine(x, _direct_candidates(x, candidates, safe), k),
-        )
-    return Neighbors(distances * unit, indices)
-
-
-def _candidates(centred, norms, rows, width: int):
-    """Return the `width` candidates [T, M] of each row and a floor [T] of the squares of all other distances.
-
-    What is ranked is the lower end of each squared distance's error interval (negated), so the last one kept
-    bounds everything that isn't.
-    """
-    product = jnp.matmul(centred[rows], centred.T, precision=lax.Precision.HIGHEST)
-    closeness = 2 * product - norms[rows][:, None] - norms[None, :]
-    closeness = jnp.where(jnp.arange(norms.shape[0]) == rows[:, None], -jnp.inf, closeness)
-    kept, candidates = _top(closeness, width)
-    return candidates, -kept[:, -1]
-
-
-def _top(values, width: int):
-    """Return the `width` largest values of each row and where they are; ties: the lower index.
-
-    The barrier keeps what is done with them from reaching into the selection, which XLA's CPU compiler would then
-    no longer recognise as one, and sort the whole row.
-    """
-    return lax.optimization_barrier(lax.top_k(values, width))
-
-
-def _refine(x, candidates, k: int):
-    """Recompute the distances to `candidates` [N, M] from differences; return the first `k`, sorted.
-
-    The batches depend on the shapes of `x` and `candidates` only, and are all alike: another shape could be compiled
-    to add the squares in another order, and distances would depend on the tiles, or on which end they start from.
-    """
-    n, width = candidates.shape
-    batch = max(1, min(n, _GATHER_ELEMENTS // (width * x.shape[1])))
-
-    def one_batch(rows):
-        difference = x[candidates[rows]] - x[rows][:, None, :]
-        return jnp.sqrt(jnp.sum(difference * difference, axis=-1))
-
-    rows = jnp.minimum(jnp.arange(math.ceil(n / batch) * batch), n - 1).reshape(-1, batch)
-    distances = lax.map(one_batch, rows).reshape(-1, width)[:n]
-    distances, indices = lax.sort((distances, candidates.astype(jnp.int32)), num_keys=2)
-    return distances[:, :k], indices[:, :k]
-
-
-def _direct_candidates(x, candidates, safe):
-    """Replace the candidates [N, M] of rows that aren't `safe` [N], by direct distances, a few rows at a time."""
-    n, width = candidates.shape
-
-    def redo(state):
-        candidates, safe = state
-        rows = jnp.nonzero(~safe, size=min(n, _SEARCH_ROWS), fill_value=n)[0]
-        own = jnp.minimum(rows, n - 1)
-        closeness = jnp.where(jnp.arange(n) == own[:, None], -jnp.inf, -squared_distances(x, own))
-        found = _top(closeness, width)[1]
-        return candidates.at[rows].set(found, mode="drop"), safe.at[rows].set(True, mode="drop")
-
-    return lax.while_loop(lambda state: ~jnp.all(state[1]), redo, (candidates, safe))[0]
+    if not isinstance(points, jax.core.Tracer):
+        zero = ~np.asarray(jnp.any(points != 0, axis=1))[:count]
+        if zero.any():
+            raise ValueError(f"{name} must have no point of length zero for the cosine, got {name}[{zero.argmax()}]")
+    return unit_vectors(points)

@@ -5,6 +5,7 @@ density peak clustering", Information Sciences 560 (2021) 476-492. Letters in sh
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,11 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxscape.landscape.compiled_search import largest
 from jaxscape.landscape.density import Density
-from jaxscape.landscape.neighbors import Neighbors, as_points, squared_distances, unit_scale
-from jaxscape.landscape.topography import Field, Saddles, find_saddles, merge_peaks
+from jaxscape.landscape.distances import as_points, product_error, squared_distances, unit_scale
+from jaxscape.landscape.merging import merge_peaks
+from jaxscape.landscape.neighbors import Neighbors
+from jaxscape.landscape.topography import Field, Saddles, find_saddles, first_true, take
 
-_SEARCH_ROWS = 8
+_SEARCH_ROWS = 8  # of a search for few points
+_SEARCH_CANDIDATES = 8
 
 
 class Peaks(NamedTuple):
@@ -62,11 +67,13 @@ def advanced_density_peaks(nb: Neighbors, density: Density, z: float, *, x=None)
         nb: neighbours of N points.
         density: their density; `density.k` is the size of each neighbourhood.
         z: significance, in standard errors; 0 merges nothing but peaks no higher than their saddle.
-        x: optional, the points [N, D] that `nb` comes from.
+        x: optional, the points [N, D] that `nb` comes from, whose Euclidean distances it holds (of neighbours by
+            cosine: the points divided by their lengths).
 
     Returns:
-        Peaks. Their number depends on the data, so this function can't be traced by jit; all that grows with N
-        runs in compiled kernels whose shapes depend on N and K only.
+        Peaks. Their number depends on the data, so this function can't be traced by jit. Steps 1 to 3 run in kernels
+        whose shapes depend on N, K and the widest neighbourhood (to a power of two); step 4 on the host, as its
+        order is sequential, over the saddles only. Time grows about as N log N, memory as N K + C^2.
 
     Raises:
         ValueError: z negative or not finite; sizes that differ; a density that isn't finite; a neighbourhood larger
@@ -75,27 +82,32 @@ def advanced_density_peaks(nb: Neighbors, density: Density, z: float, *, x=None)
     if not (math.isfinite(float(z)) and float(z) >= 0):
         raise ValueError(f"z must be finite and at least 0, got z={z}")
     points = None if x is None else as_points(x)
-    _check(nb, density, points)
-    # The shapes of what is left depend on the data: the few numbers needed come to the host.
-    field, saddles, labels, centers, n_centers = _climb(nb, density, points)
-    n_centers, n_saddles = int(n_centers), int(saddles.count)
-    merged = merge_peaks(field, saddles, centers, float(z), max(n_centers, n_saddles))
-    return _finish(density, labels, centers, n_centers, merged)
+    widest = _check(nb, density, points)
+    # Of all that is kept, the widest neighbourhood is all that most steps look at; few widths are ever compiled.
+    width = min(nb.indices.shape[1], 1 << (widest - 1).bit_length())
+    # The shapes of what is left depend on the data, and merging is sequential: both are for the host.
+    field, saddles, labels, centers = _climb(nb, density, points, width)
+    saddles, labels, centers, log_density, error = jax.device_get(
+        (saddles, labels, centers, field.log_density, field.error)
+    )
+    centers = np.flatnonzero(centers)
+    merged = merge_peaks(log_density[centers], error[centers], saddles, float(z))
+    return _finish(log_density, labels, centers, *merged)
 
 
-def _check(nb: Neighbors, density: Density, points) -> None:
+def _check(nb: Neighbors, density: Density, points) -> int:
+    """Check sizes and values; return the size of the widest neighbourhood."""
     n, kept = nb.indices.shape
     if density.log_density.shape != (n,):
         raise ValueError(f"density must be of the {n} points of nb, got shape {density.log_density.shape}")
     if points is not None and points.shape[0] != n:
         raise ValueError(f"x must hold the {n} points of nb, got {points.shape[0]}")
-    smallest, largest, finite = (
-        np.asarray(a) for a in _extent(density.log_density, density.log_density_error, density.k)
-    )
+    smallest, largest, finite = jax.device_get(_extent(density.log_density, density.log_density_error, density.k))
     if smallest < 1 or largest > kept:
         raise ValueError(f"density.k must lie between 1 and the {kept} neighbours kept, got {smallest} to {largest}")
     if not finite:
         raise ValueError("density must be finite, got NaN or Inf in log_density or log_density_error")
+    return int(largest)
 
 
 @jax.jit
@@ -103,85 +115,139 @@ def _extent(log_density, error, k):
     return jnp.min(k), jnp.max(k), jnp.all(jnp.isfinite(log_density) & jnp.isfinite(error))
 
 
-@jax.jit
-def _climb(nb: Neighbors, density: Density, points) -> tuple[Field, Saddles, jax.Array, jax.Array, jax.Array]:
-    """Steps 1 to 3: return field, saddles, labels [N] before merging, the mask of centres [N] and their number."""
-    n, kept = nb.indices.shape
+@partial(jax.jit, static_argnames=("width",))
+def _climb(nb: Neighbors, density: Density, points, width: int) -> tuple[Field, Saddles, jax.Array, jax.Array]:
+    """Steps 1 to 3: return field, saddles, labels [N] before merging, and the mask of centres [N]."""
+    n = nb.indices.shape[0]
     g = density.log_density - density.log_density_error
     order = jnp.argsort(-g, stable=True).astype(jnp.int32)  # ties: the lower index is the higher point
     rank = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
-    within = jnp.arange(kept) < density.k[:, None]
+    within = jnp.arange(width) < density.k[:, None]
     field = Field(density.log_density, density.log_density_error, rank, within)
     points = None if points is None else unit_scale(points)[0]
-    centers, holder = _centers(nb.indices, field, g, order)
-    leader = _leaders(nb.indices, centers, rank, holder, points)
-    root = lax.fori_loop(0, max(1, math.ceil(math.log2(n))), lambda _, leader: leader[leader], leader)
-    labels = (jnp.cumsum(centers, dtype=jnp.int32) - 1)[root]
-    saddles = find_saddles(nb, field, labels, centers, points)
-    return field, saddles, labels, centers, jnp.sum(centers)
+    centers, holder = _centers(nb.indices[:, :width], field, g, order)
+    leader = _leaders(nb.indices, centers, field, holder, points)
+    labels = (jnp.cumsum(centers, dtype=jnp.int32) - 1)[follow(leader)]
+    return field, find_saddles(nb, field, labels, centers, points), labels, centers
 
 
-def _centers(indices, field: Field, g, order):
+def follow(leader):
+    """Return the point [N] where each one ends that follows its `leader` [N], up to one that leads itself."""
+    return lax.fori_loop(0, max(1, math.ceil(math.log2(leader.shape[0]))), lambda _, leader: leader[leader], leader)
+
+
+def _centers(near, field: Field, g, order):
     """Step 1: return the mask of centres [N], and the highest point whose neighbourhood holds each point [N]."""
     n = g.shape[0]
-    exceeded = jnp.any(field.within & (g[indices] > g[:, None]), axis=1)
+    exceeded = jnp.any(field.within & (g[near] > g[:, None]), axis=1)
     held_by = jnp.where(field.within, field.rank[:, None], n)
-    highest = jnp.full(n, n, jnp.int32).at[indices].min(held_by)  # a rank; n: nobody's neighbour
+    highest = jnp.full(n, n, jnp.int32).at[near].min(held_by)  # a rank; n: nobody's neighbour
     holder = order[jnp.minimum(highest, n - 1)]
     dropped = (highest < n) & (g[holder] > g)
     return ~exceeded & ~dropped, holder
 
 
-def _leaders(indices, centers, rank, holder, points):
+def _leaders(indices, centers, field: Field, holder, points):
     """Step 2: return the point [N] that each point follows; a centre follows itself."""
+    rank, width = field.rank, field.within.shape[1]
     own = jnp.arange(rank.shape[0], dtype=jnp.int32)
-    eligible = centers[indices] | (rank[indices] < rank[:, None])
-    first = jnp.take_along_axis(indices, jnp.argmax(eligible, axis=1)[:, None], axis=1)[:, 0]
-    leader = jnp.where(centers, own, first)
+
+    def first_eligible(near):
+        column, found = first_true(centers[near] | (rank[near] < rank[:, None]))
+        return jnp.where(centers, own, take(near, column)), ~centers & ~found
+
     # A point that isn't a centre for a higher one in its neighbourhood has a leader. One that was dropped, being
-    # in the neighbourhood of a higher one, may have none among the neighbours kept.
-    lost = ~centers & ~jnp.any(eligible, axis=1)
+    # in the neighbourhood of a higher one, may have none there, nor among the neighbours kept.
+    near = indices[:, :width]
+    leader, lost = first_eligible(near)
+    if width < indices.shape[1]:
+        leader, lost = lax.cond(jnp.any(lost), lambda: first_eligible(indices), lambda: (leader, lost))
     if points is None:
         return jnp.where(lost, holder, leader)
-    return _search_leaders(points, centers, rank, leader, lost)
+
+    def eligible(rows):
+        return centers | (rank < rank[rows][:, None])
+
+    nearest, _ = nearest_among(points, lost, eligible, _SEARCH_ROWS)
+    return jnp.where(lost, nearest, leader)
 
 
-def _search_leaders(points, centers, rank, leader, lost):
-    """Find the leaders of the `lost` points [N] among all points, a few at a time."""
-    n = rank.shape[0]
+def nearest_among(points, asked, eligible, rows: int):
+    """Find, for each of the points `asked` [N] about, the nearest of the other points that are eligible for it.
 
-    def step(state):
-        leader, lost = state
-        rows = jnp.nonzero(lost, size=min(n, _SEARCH_ROWS), fill_value=n)[0]
-        own = jnp.minimum(rows, n - 1)
-        eligible = (centers | (rank < rank[own][:, None])) & (jnp.arange(n) != own[:, None])
-        squares = jnp.where(eligible, squared_distances(points, own), jnp.inf)
-        nearest = jnp.argmin(squares, axis=1).astype(leader.dtype)
-        return leader.at[rows].set(nearest, mode="drop"), lost.at[rows].set(False, mode="drop")
+    As in a search for neighbours, a matrix product proposes a few candidates, whose distances are then found from
+    differences; where the product's rounding could hide a nearer point, the distances to all points are.
 
-    return lax.while_loop(lambda state: jnp.any(state[1]), step, (leader, lost))[0]
+    Args:
+        points: [N, D], about the size of one (see `unit_scale`).
+        asked: [N] bool.
+        eligible: from the indices [B] of points asked about to a mask [B, N], at least one other point in each row.
+        rows: B, points answered for at once; static.
+
+    Returns:
+        the nearest [N] int32, ties: the lower index; and the square of its distance [N]. Where not asked: itself, 0.
+    """
+    n, dim = points.shape
+    own = jnp.arange(n, dtype=jnp.int32)
+    rows = min(n, rows)
+
+    def search():
+        error = product_error(dim, points.dtype)
+        centred = points - jnp.mean(points, axis=0)
+        norms = (1 - error) * jnp.sum(centred * centred, axis=-1)
+        who = jnp.nonzero(asked, size=n, fill_value=n)[0].astype(jnp.int32)
+
+        def answer(step, state):
+            places = step * rows + jnp.arange(rows)
+            at = jnp.where(places < n, who[jnp.minimum(places, n - 1)], n)
+            asking = jnp.minimum(at, n - 1)
+            mask = eligible(asking) & (own != asking[:, None])
+            nearest, square = _nearest_eligible(points, centred, norms, error, asking, mask)
+            nearest_of, square_of = state
+            return nearest_of.at[at].set(nearest, mode="drop"), square_of.at[at].set(square, mode="drop")
+
+        steps = (jnp.sum(asked) + rows - 1) // rows
+        return lax.fori_loop(0, steps, answer, (own, jnp.zeros(n, points.dtype)))
+
+    return lax.cond(jnp.any(asked), search, lambda: (own, jnp.zeros(n, points.dtype)))
 
 
-def _finish(density: Density, labels, centers, n_centers: int, merged) -> Peaks:
+def _nearest_eligible(points, centred, norms, error: float, rows, mask):
+    """Return the nearest point [B] to each of `rows` [B] where the `mask` [B, N] allows, and its squared distance."""
+    n = norms.shape[0]
+    width = min(n, _SEARCH_CANDIDATES)
+    product = jnp.matmul(centred[rows], centred.T, precision=lax.Precision.HIGHEST)
+    # The lower ends of the error intervals of the squares, negated: the last one kept bounds those that aren't.
+    closeness = jnp.where(mask, 2 * product - norms[rows][:, None] - norms, -jnp.inf)
+    closeness, candidates = largest(closeness, width)
+    difference = points[candidates] - points[rows][:, None, :]
+    squares = jnp.where(closeness > -jnp.inf, jnp.sum(difference * difference, axis=-1), jnp.inf)
+    square = jnp.min(squares, axis=1)
+    nearest = jnp.min(jnp.where(squares == square[:, None], candidates.astype(jnp.int32), n), axis=1)
+    safe = (square * (1 + error) < -closeness[:, -1]) | (width == n)
+
+    def directly():
+        squares = jnp.where(mask, squared_distances(points, rows), jnp.inf)
+        return jnp.argmin(squares, axis=1).astype(jnp.int32), jnp.min(squares, axis=1)
+
+    return lax.cond(jnp.all(safe), lambda: (nearest, square), directly)
+
+
+def _finish(log_density, labels, centers, absorbed_by, saddles: Saddles) -> Peaks:
     """Number the clusters that are left, and lay out their saddles; on the host, as C varies."""
-    absorbed_by, saddles, labels, centers, log_density = jax.device_get(
-        (merged.absorbed_by, merged.saddles, labels, centers, density.log_density)
-    )
-    absorbed_by = absorbed_by[:n_centers]
-    survives = absorbed_by == np.arange(n_centers)
+    survives = absorbed_by == np.arange(len(centers))
     number = np.cumsum(survives) - 1
-    labels = number[absorbed_by[labels]]
+    labels = number[absorbed_by].astype(np.int32)[labels]
     count = int(survives.sum())
     log_saddle = np.full((count, count), -np.inf, log_density.dtype)
     error = np.zeros((count, count), log_density.dtype)
-    there = np.isfinite(saddles.height)
-    low, high = number[saddles.low[there]], number[saddles.high[there]]
-    log_saddle[low, high] = log_saddle[high, low] = saddles.height[there]
-    error[low, high] = error[high, low] = saddles.error[there]
+    low, high = number[saddles.low], number[saddles.high]
+    log_saddle[low, high] = log_saddle[high, low] = saddles.height
+    error[low, high] = error[high, low] = saddles.error
     core = log_density >= log_saddle.max(axis=1)[labels]
     return Peaks(
-        labels=jnp.asarray(labels.astype(np.int32)),
-        centers=jnp.asarray(np.flatnonzero(centers)[survives].astype(np.int32)),
+        labels=jnp.asarray(labels),
+        centers=jnp.asarray(centers[survives].astype(np.int32)),
         log_saddle=jnp.asarray(log_saddle),
         log_saddle_error=jnp.asarray(error),
         core=jnp.asarray(core),

@@ -1,15 +1,20 @@
-"""One layer, all of it: from representations to peaks."""
+"""One layer, all of it: from representations to peaks; and a stack of layers, one after the other."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxscape.landscape.density import Density, knn_density
-from jaxscape.landscape.dimension import Gride, gride, gride_at
-from jaxscape.landscape.neighbors import Neighbors, as_points, drop_duplicates, nearest_neighbors
+from jaxscape.landscape.density import Density, knn_density, kstar_density, pak_density
+from jaxscape.landscape.dimension import DimensionAtScale, Gride, gride, gride_at
+from jaxscape.landscape.distances import as_points
+from jaxscape.landscape.neighbors import METRICS, Neighbors, directions, drop_duplicates, nearest_neighbors
 from jaxscape.landscape.peaks import Peaks, advanced_density_peaks
+
+_DENSITIES = ("knn", "kstar", "pak")
+_ADAPTIVE_NEIGHBORS = 300  # as many as an adaptive neighbourhood may grow to, unless more are asked for
 
 
 class LayerLandscape(NamedTuple):
@@ -20,7 +25,8 @@ class LayerLandscape(NamedTuple):
     kept: [M] int32, the indices of the distinct points among the N, ascending; indices below count in these.
     neighbors: Neighbors of the M points.
     gride: intrinsic dimension at growing scales.
-    intrinsic_dim, intrinsic_dim_error: Gride's at the rank pair (k, 2k), the scale of the density; used for it.
+    intrinsic_dim, intrinsic_dim_error: Gride's at the scale of the density, which is computed in it: at the rank
+        pair (k, 2k) for the kNN density, at (2, 4) for the adaptive ones.
     density: Density of the M points.
     peaks: Peaks of the M points.
     """
@@ -37,50 +43,98 @@ class LayerLandscape(NamedTuple):
 
 
 def survey(
-    x, *, k: int = 16, z: float = 1.6, max_rank: int = 64, metric: str = "euclidean", tile_size: int | None = None
-) -> LayerLandscape:
-    """Map the probability landscape of one layer's representations.
+    x,
+    *,
+    k: int = 16,
+    z: float = 1.6,
+    density: str = "knn",
+    max_rank: int = 64,
+    max_neighbors: int | None = None,
+    metric: str = "euclidean",
+    tile_size: int | None = None,
+) -> LayerLandscape | list[LayerLandscape]:
+    """Map the probability landscape of one layer's representations, or of a stack of layers.
 
     Duplicates are dropped; the neighbours of the rest are found; Gride gives the intrinsic dimension at growing
-    scales, and at the rank pair (k, 2k) the one in which the k-nearest-neighbour density is computed; Advanced
-    Density Peaks finds the peaks of that density.
+    scales, and at the density's own scale the one it is computed in; Advanced Density Peaks finds the peaks of that
+    density. Layers of a stack that keep as many distinct points share every compiled program.
 
     Args:
-        x: representations [N, D].
-        k: neighbours of the density estimate; 2k are needed.
+        x: representations [N, D], or [L, N, D]; a stack is read a layer at a time, so that it may lie on the host, or
+            on disk as a memory map.
+        k: neighbours of the kNN density; 2k are needed.
         z: significance of the peaks, in standard errors.
+        density: "knn", or, of adaptive neighbourhoods, "kstar" or "pak".
         max_rank: largest rank of Gride; fewer when there are too few distinct points.
-        metric: see `nearest_neighbors`.
+        max_neighbors: neighbours to keep, at least; by default as many as the rest needs: max(2k, max_rank) for "knn",
+            and 300 for the adaptive densities, whose neighbourhoods they bound. Fewer when there are too few points.
+        metric: "euclidean", or "cosine": the points are divided by their lengths, and their distances are chords,
+            sqrt(2 (1 - cos)), of which, unlike 1 - cos, dimensions and volumes can be made.
         tile_size: see `nearest_neighbors`.
 
     Returns:
-        LayerLandscape.
+        LayerLandscape; of a stack, a list of them.
 
     Raises:
-        ValueError: k < 1, max_rank < 2, fewer than 2k + 1 distinct points, or a bad `x`, `z`, `metric` or `tile_size`.
+        ValueError: k < 1, max_rank < 2, max_neighbors < 1, an unknown density, fewer than 2k + 1 distinct points (5
+            for the adaptive densities), or a bad `x`, `z`, `metric` or `tile_size`. Of a stack, the message names the
+            layer.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got k={k}")
     if max_rank < 2:
         raise ValueError(f"max_rank must be at least 2, got max_rank={max_rank}")
+    if max_neighbors is not None and max_neighbors < 1:
+        raise ValueError(f"max_neighbors must be at least 1, got max_neighbors={max_neighbors}")
+    if density not in _DENSITIES:
+        raise ValueError(f"density must be one of {_DENSITIES}, got {density!r}")
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
+    one = partial(_survey, k=k, z=z, density=density, max_rank=max_rank, max_neighbors=max_neighbors, metric=metric)
+    if np.ndim(x) != 3:
+        return one(x, tile_size=tile_size)
+    layers = []
+    for index in range(len(x)):
+        try:
+            layers.append(one(x[index], tile_size=tile_size))
+        except ValueError as error:
+            raise ValueError(f"layer {index} of x: {error}") from error
+    return layers
+
+
+def _survey(
+    x, k: int, z: float, density: str, max_rank: int, max_neighbors: int | None, metric: str, tile_size: int | None
+) -> LayerLandscape:
+    knn = density == "knn"
     points = as_points(x)
     n = points.shape[0]
     kept = drop_duplicates(points)
-    if len(kept) < 2 * k + 1:
-        raise ValueError(f"x must have at least 2k + 1 = {2 * k + 1} distinct points, got {len(kept)} of {n} (k={k})")
+    least = 2 * k + 1 if knn else 5
+    if len(kept) < least:
+        need = f"2k + 1 = {least}" if knn else f"{least}"
+        raise ValueError(f"x must have at least {need} distinct points, got {len(kept)} of {n} (k={k})")
     if len(kept) < n:
-        points = jnp.asarray(np.asarray(points)[kept])
-    nb = nearest_neighbors(points, min(max(2 * k, max_rank), len(kept) - 1), metric, tile_size=tile_size)
-    at_k = gride_at(nb, k)
-    density = knn_density(nb, at_k.id, k)
+        points = points[kept]
+    if metric == "cosine":
+        points = directions(points, "x")
+    wanted = max(max_rank, 2 * k if knn else 4, max_neighbors or (0 if knn else _ADAPTIVE_NEIGHBORS))
+    nb = nearest_neighbors(points, min(wanted, len(kept) - 1), tile_size=tile_size)
+    at_scale = gride_at(nb, k if knn else 2)
+    found = _density(nb, at_scale, density, k)
     return LayerLandscape(
         n_points=n,
         n_duplicates=n - len(kept),
         kept=jnp.asarray(kept.astype(np.int32)),
         neighbors=nb,
         gride=gride(nb, max_rank),
-        intrinsic_dim=at_k.id,
-        intrinsic_dim_error=at_k.error,
-        density=density,
-        peaks=advanced_density_peaks(nb, density, z, x=points),
+        intrinsic_dim=at_scale.id,
+        intrinsic_dim_error=at_scale.error,
+        density=found,
+        peaks=advanced_density_peaks(nb, found, z, x=points),
     )
+
+
+def _density(nb: Neighbors, at_scale: DimensionAtScale, density: str, k: int) -> Density:
+    if density == "knn":
+        return knn_density(nb, at_scale.id, k)
+    return (kstar_density if density == "kstar" else pak_density)(nb, at_scale.id)

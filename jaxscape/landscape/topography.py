@@ -1,9 +1,8 @@
-"""Saddles between density peaks, the merging of peaks across them, and the tree the peaks make.
+"""Saddles between density peaks, and the tree the peaks make.
 
-Letters in shapes: N points, K neighbours, C peaks, S saddles (padded), B rows of a batch.
+Letters in shapes: N points, K neighbours, W of them in the widest neighbourhood, C peaks, S saddles.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxscape.landscape.neighbors import Neighbors, squared_distances
+from jaxscape.landscape.neighbors import Neighbors
 
-_SEARCH_ROWS = 8
+_SCAN_ELEMENTS = 1 << 16  # coordinates looked at in one step of a scan
 _NONE, _BORDER, _OPEN = 0, 1, 2  # what is known of a point: no border point; one; to be searched
 _LINKAGES = ("single", "complete", "average", "weighted")
 
 
 class Field(NamedTuple):
-    """What the points carry: log_density [N] and its error [N], rank [N] by g (0: highest), within [N, K]: k*."""
+    """What the points carry: log_density [N] and its error [N], rank [N] by g (0: highest), within [N, W]: k*."""
 
     log_density: jax.Array
     error: jax.Array
@@ -37,11 +36,17 @@ class Saddles(NamedTuple):
     count: jax.Array
 
 
-class Merged(NamedTuple):
-    """The peak that each peak ended in, [S], and the saddles left between those that stand."""
+def first_true(mask):
+    """Return the column [N] of the first True in each row of `mask` [N, W] (the last if there is none), and any."""
+    width = mask.shape[1]
+    # A minimum is one pass, and vectorised; argmax and any would be two, and the first of them isn't.
+    first = jnp.min(jnp.where(mask, jnp.arange(width, dtype=jnp.int32), width), axis=1)
+    return jnp.minimum(first, width - 1), first < width
 
-    absorbed_by: jax.Array
-    saddles: Saddles
+
+def take(a, column):
+    """Return the element in `column` [N] of every row of `a` [N, W]."""
+    return jnp.take_along_axis(a, column[:, None], axis=1)[:, 0]
 
 
 def find_saddles(nb: Neighbors, field: Field, labels, centers, points) -> Saddles:
@@ -50,140 +55,124 @@ def find_saddles(nb: Neighbors, field: Field, labels, centers, points) -> Saddle
     A point is a border point of its cluster and the cluster of its first foreign neighbour within k* when it is,
     of its own cluster, the nearest to that neighbour.
     """
-    n = labels.shape[0]
-    foreign = field.within & (labels[nb.indices] != labels[:, None])
-    at = jnp.argmax(foreign, axis=1)[:, None]
-    beyond = jnp.take_along_axis(nb.indices, at, axis=1)[:, 0]
-    reach = jnp.take_along_axis(nb.distances, at, axis=1)[:, 0]
-    outer = jnp.any(foreign, axis=1) & ~centers
+    own = jnp.arange(labels.shape[0], dtype=jnp.int32)
+    near = nb.indices[:, : field.within.shape[1]]
+    column, touches = first_true(field.within & (labels[near] != labels[:, None]))
+    beyond, reach = take(near, column), take(nb.distances, column)
     # The first of my cluster that my foreign neighbour lists should be me; if none is listed, it has to be searched.
-    returning = labels[nb.indices[beyond]] == labels[:, None]
-    first = jnp.take_along_axis(nb.indices[beyond], jnp.argmax(returning, axis=1)[:, None], axis=1)[:, 0]
-    listed = jnp.where(first == jnp.arange(n), _BORDER, _NONE)
-    status = jnp.where(outer, jnp.where(jnp.any(returning, axis=1), listed, _OPEN), _NONE)
+    back = nb.indices[beyond]
+    column, returns = first_true(labels[back] == labels[:, None])
+    listed = jnp.where(take(back, column) == own, _BORDER, _NONE)
+    status = jnp.where(touches & ~centers, jnp.where(returns, listed, _OPEN), _NONE)
     return _highest_borders(nb, field, labels, points, status, beyond, reach)
 
 
 def _highest_borders(nb, field: Field, labels, points, status, beyond, reach) -> Saddles:
-    """Settle the open points that matter, highest first, and keep the highest border point of each pair."""
+    """Settle the open points that matter, and keep the highest border point of each pair."""
     n = labels.shape[0]
     mine, other = labels, labels[beyond]
     low, high = jnp.minimum(mine, other), jnp.maximum(mine, other)
-    low = jnp.where(status == _NONE, n, low)  # to the end
-    own = jnp.arange(n, dtype=jnp.int32)
-    low, high, _, point = lax.sort((low, high, field.rank, own), num_keys=3)
-    status = status[point]
-    opens = jnp.concatenate([jnp.ones(1, bool), (low[1:] != low[:-1]) | (high[1:] != high[:-1])])
-    pair = jnp.cumsum(opens) - 1
+    pair = _pairs(low, high, status != _NONE)
 
-    def tops(status):
-        """Mask [N] of the highest point of each pair that is, or may be, a border point."""
-        place = jnp.where(status == _NONE, n, own)
-        top = jax.ops.segment_min(place, pair, num_segments=n, indices_are_sorted=True)
-        return (status != _NONE) & (top[pair] == own)
+    def top(status):
+        """The rank [N] of the highest border point of each point's pair; n if there is none."""
+        return jnp.full(n, n, jnp.int32).at[jnp.where(status == _BORDER, pair, n)].min(field.rank, mode="drop")[pair]
 
-    def settle(status):
-        places = jnp.nonzero(tops(status) & (status == _OPEN), size=min(n, _SEARCH_ROWS), fill_value=n)[0]
-        who = point[jnp.minimum(places, n - 1)]
-        if points is None:
-            nearest = _none_listed_nearer(nb, labels, who, beyond[who], reach[who])
-        else:
-            nearest = _is_nearest(points, labels, who, beyond[who])
-        return status.at[places].set(jnp.where(nearest, _BORDER, _NONE), mode="drop")
-
-    status = lax.while_loop(lambda status: jnp.any(tops(status) & (status == _OPEN)), settle, status)
-    found = tops(status)
-    height = jnp.where(found, field.log_density[point], -jnp.inf)
-    error = jnp.where(found, field.error[point], 0)
-    order = jnp.argsort(~found, stable=True)
-    return Saddles(low[order], high[order], height[order], error[order], jnp.sum(found))
+    # Below a border point of its pair, nothing depends on an open point.
+    asked = (status == _OPEN) & (field.rank < top(status))
+    if points is None:
+        nearest = _none_listed_nearer(nb, labels, beyond, reach, asked)
+    else:
+        nearest = _are_nearest(points, labels, beyond, asked)
+    status = jnp.where(asked, jnp.where(nearest, _BORDER, _NONE), status)
+    found = (status == _BORDER) & (field.rank == top(status))
+    at = jnp.nonzero(found, size=n, fill_value=n)[0]
+    there = at < n
+    at = jnp.minimum(at, n - 1)
+    height = jnp.where(there, field.log_density[at], -jnp.inf)
+    return Saddles(low[at], high[at], height, jnp.where(there, field.error[at], 0), jnp.sum(found))
 
 
-def _is_nearest(points, labels, who, beyond):
-    """Is each point `who` [B] the nearest of its cluster to the foreign point `beyond` [B]?"""
-    squares = squared_distances(points, beyond)
-    squares = jnp.where(labels == labels[who][:, None], squares, jnp.inf)
-    return jnp.argmin(squares, axis=1) == who
+def _pairs(low, high, there):
+    """Return a point [N] of the same pair of clusters for all points of a pair; for those that aren't `there`, itself.
 
-
-def _none_listed_nearer(nb, labels, who, beyond, reach):
-    """Does no point of the cluster of `who` [B] list `beyond` [B] at less than the distance `reach` [B]?"""
-
-    def one(pair):
-        who, beyond, reach = pair
-        same = (labels == labels[who])[:, None]
-        return ~jnp.any((nb.indices == beyond) & same & (nb.distances < reach))
-
-    return lax.map(one, (who, beyond, reach))
-
-
-def merge_peaks(field: Field, saddles: Saddles, centers, z: float, size: int) -> Merged:
-    """Merge peaks until all saddles are significant, `size` being the number of peaks or saddles, if larger.
-
-    Sizes are rounded up to a power of four, so that few shapes are ever compiled.
+    Every pair has a slot of a table, by a hash; the first point in it speaks for its pair. Pairs that found their
+    slot taken try again with another hash. This costs a few passes over the points, less than sorting them.
     """
-    padded = 64
-    while padded < size:
-        padded *= 4
-    return _merge(field.log_density, field.error, saddles, centers, jnp.asarray(z, field.error.dtype), padded)
+    n = low.shape[0]
+    bits = max(1, (2 * n - 1).bit_length())
+    own = jnp.arange(n, dtype=jnp.int32)
+
+    def place(state):
+        pair, unplaced, trial = state
+        weight = 2 * trial + jnp.uint32(0x85EBCA6B)
+        mixed = low.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + high.astype(jnp.uint32) * weight
+        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x2C1B3C6D)
+        slot = (mixed >> (32 - bits)).astype(jnp.int32)
+        first = jnp.full(1 << bits, n, jnp.int32).at[jnp.where(unplaced, slot, 1 << bits)].min(own, mode="drop")
+        speaker = jnp.minimum(first[slot], n - 1)
+        same = unplaced & (low[speaker] == low) & (high[speaker] == high)
+        return jnp.where(same, speaker, pair), unplaced & ~same, trial + jnp.uint32(1)
+
+    return lax.while_loop(lambda state: jnp.any(state[1]), place, (own, there, jnp.uint32(0)))[0]
 
 
-@partial(jax.jit, static_argnames=("size",))
-def _merge(log_density, error, saddles: Saddles, centers, z, size: int) -> Merged:
-    n = log_density.shape[0]
-    center = jnp.nonzero(centers, size=size, fill_value=n - 1)[0]
-    peak, peak_error = log_density[center], error[center]
-    resize = partial(_resize, size=size)
-    low, high = resize(saddles.low, 0), resize(saddles.high, 0)
-    height, saddle_error = resize(saddles.height, -jnp.inf), resize(saddles.error, 0)
-    # Saddles of equal height share a place, so that the one of the peak that stays can be preferred.
-    place = size - jnp.searchsorted(jnp.sort(height), height).astype(jnp.int32)
+def _are_nearest(points, labels, beyond, asked):
+    """Mask [N]: the points `asked` [N] about that are the nearest of their cluster to the point `beyond` [N] them.
 
-    def insignificant(low, high, height):
-        rise_low = peak[low] - height < z * (peak_error[low] + saddle_error)
-        rise_high = peak[high] - height < z * (peak_error[high] + saddle_error)
-        return (height > -jnp.inf) & (rise_low | rise_high)
+    One after the other, each against the members of its cluster, some at a time, until one is nearer: the work is
+    that of the clusters in question, not of all points.
+    """
+    n, dim = points.shape
+    width = min(n, max(64, _SCAN_ELEMENTS // dim))
 
-    def merge(state):
-        low, high, height, absorbed_by, weak = state
-        at = _highest(low, high, jnp.where(weak, height, -jnp.inf))
-        keep, drop = low[at], high[at]
-        margin_keep = (peak[keep] - height[at]) / (peak_error[keep] + saddle_error[at])
-        margin_drop = (peak[drop] - height[at]) / (peak_error[drop] + saddle_error[at])
-        keep, drop = lax.cond(margin_keep < margin_drop, lambda: (drop, keep), lambda: (keep, drop))
-        height = height.at[at].set(-jnp.inf)
-        low, high, height = _rejoin(low, high, height, place, keep, drop)
-        absorbed_by = jnp.where(absorbed_by == drop, keep, absorbed_by)
-        return low, high, height, absorbed_by, insignificant(low, high, height)
+    def scan():
+        members = jnp.argsort(labels, stable=True).astype(jnp.int32)
+        end = jnp.cumsum(jnp.zeros(n, jnp.int32).at[labels].add(1))
+        rows = jnp.nonzero(asked, size=n, fill_value=0)[0].astype(jnp.int32)
 
-    start = (low, high, height, jnp.arange(size, dtype=jnp.int32), insignificant(low, high, height))
-    low, high, height, absorbed_by, _ = lax.while_loop(lambda state: jnp.any(state[4]), merge, start)
-    return Merged(absorbed_by, Saddles(low, high, height, saddle_error, jnp.sum(height > -jnp.inf)))
+        def is_nearest(t, nearest):
+            who = rows[t]
+            stop = end[labels[who]]
 
+            def look(state):
+                at, _ = state
+                places = at + jnp.arange(width, dtype=jnp.int32)
+                # The point itself comes first: its distance is rounded as those it is compared with.
+                others = jnp.concatenate([who[None], members[jnp.minimum(places, n - 1)]])
+                difference = points[others] - points[beyond[who]]
+                squares = jnp.sum(difference * difference, axis=-1)
+                nearer = (squares < squares[0]) | ((squares == squares[0]) & (others < who))
+                return at + width, jnp.any(nearer[1:] & (places < stop))
 
-def _resize(a, fill, size: int):
-    return jnp.concatenate([a[:size], jnp.full(max(0, size - a.shape[0]), fill, a.dtype)])
+            start = jnp.where(labels[who] > 0, end[labels[who] - 1], 0)
+            _, beaten = lax.while_loop(lambda state: (state[0] < stop) & ~state[1], look, (start, False))
+            return nearest.at[who].set(~beaten)
 
+        return lax.fori_loop(0, jnp.sum(asked), is_nearest, jnp.zeros(n, bool))
 
-def _highest(low, high, height):
-    """Return where the largest `height` [S] is; of equal ones, the first pair of clusters."""
-    best = height == jnp.max(height)
-    best &= low == jnp.min(jnp.where(best, low, low.shape[0]))
-    return jnp.argmin(jnp.where(best, high, high.shape[0]))
+    return lax.cond(jnp.any(asked), scan, lambda: jnp.zeros(n, bool))
 
 
-def _rejoin(low, high, height, place, keep, drop):
-    """Give the saddles of peak `drop` to peak `keep`; of two that join the same pair, keep the higher."""
-    size = low.shape[0]
-    alive = height > -jnp.inf
-    moved = alive & ((low == drop) | (high == drop))
-    low, high = jnp.where(low == drop, keep, low), jnp.where(high == drop, keep, high)
-    low, high = jnp.minimum(low, high), jnp.maximum(low, high)
-    touched = alive & ((low == keep) | (high == keep))
-    other = jnp.where(low == keep, high, low)
-    claim = 2 * place + moved  # lower is better; at equal heights the saddle `keep` had already
-    best = jnp.full(size, 2 * size + 2, jnp.int32).at[other].min(jnp.where(touched, claim, 2 * size + 2))
-    return low, high, jnp.where(touched & (claim > best[other]), -jnp.inf, height)
+def _none_listed_nearer(nb, labels, beyond, reach, asked):
+    """Mask [N]: the points `asked` [N] about, when no point of their cluster lists `beyond` [N] at less than `reach`.
+
+    A pass over all lists answers for one point of each that is beyond: there are a few passes.
+    """
+    n = labels.shape[0]
+    own = jnp.arange(n, dtype=jnp.int32)
+
+    def answer(state):
+        asked, nearest = state
+        asker = jnp.full(n, n, jnp.int32).at[jnp.where(asked, beyond, n)].min(own, mode="drop")
+        who = asker[nb.indices]
+        safe = jnp.minimum(who, n - 1)
+        nearer = (who < n) & (labels[safe] == labels[:, None]) & (nb.distances < reach[safe])
+        beaten = jnp.zeros(n, bool).at[jnp.where(nearer, who, n)].set(True, mode="drop")
+        answered = asked & (asker[beyond] == own)
+        return asked & ~answered, nearest | (answered & ~beaten)
+
+    return lax.while_loop(lambda state: jnp.any(state[0]), answer, (asked, jnp.zeros(n, bool)))[1]
 
 
 def peak_hierarchy(peaks, density, method: str = "weighted") -> np.ndarray:
@@ -217,3 +206,55 @@ def peak_hierarchy(peaks, density, method: str = "weighted") -> np.ndarray:
     top = log_density[np.asarray(peaks.centers)].max()
     saddle = np.where(np.isfinite(saddle), saddle, log_density.min())
     return linkage(top - saddle[np.triu_indices(saddle.shape[0], 1)], method)
+
+
+def cut_hierarchy(tree, *, height: float | None = None, n_clusters: int | None = None) -> np.ndarray:
+    """Cut the tree of the peaks: return the number of the cluster that each peak is in.
+
+    Args:
+        tree: [C - 1, 4], as `peak_hierarchy` returns it.
+        height: peaks that join at this distance or less are one cluster; or
+        n_clusters: as many clusters as this, or, where peaks join at equal distances, the most there can be of fewer.
+
+    Returns:
+        [C] int32, clusters numbered from 0 in the order of their first peaks.
+
+    Raises:
+        ValueError: neither or both of `height` and `n_clusters`; a height that is negative or not a number; a number
+            of clusters that isn't between 1 and C; a `tree` of another shape.
+    """
+    tree = np.asarray(tree, np.float64)
+    if tree.ndim != 2 or tree.shape[1] != 4:
+        raise ValueError(f"tree must have shape [C - 1, 4], got {tree.shape}")
+    if (height is None) == (n_clusters is None):
+        raise ValueError(f"give one of height and n_clusters, got height={height}, n_clusters={n_clusters}")
+    count = tree.shape[0] + 1
+    if height is not None and not height >= 0:
+        raise ValueError(f"height must be at least 0, got height={height}")
+    if n_clusters is not None and not 1 <= n_clusters <= count:
+        raise ValueError(f"n_clusters must lie between 1 and the {count} peaks, got n_clusters={n_clusters}")
+    if count == 1:
+        return np.zeros(1, np.int32)
+    from scipy.cluster.hierarchy import fcluster
+
+    cut, by = (n_clusters, "maxclust") if height is None else (height, "distance")
+    _, first, cluster = np.unique(fcluster(tree, cut, by), return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first)).astype(np.int32)[cluster]
+
+
+def cut_labels(labels, clusters) -> jax.Array:
+    """Return the cluster [N] int32 of every point, from the peak it belongs to and the `clusters` of the peaks.
+
+    Args:
+        labels: [N] int, the peak of every point, 0 to C - 1; -1, as for a point of the halo, stays -1.
+        clusters: [C] int, as `cut_hierarchy` returns it.
+
+    Raises:
+        ValueError: a label that isn't of one of the C peaks (not checked on values that are being traced).
+    """
+    labels, clusters = jnp.asarray(labels), jnp.asarray(clusters, jnp.int32)
+    if not isinstance(labels, jax.core.Tracer) and labels.size:
+        smallest, largest = int(jnp.min(labels)), int(jnp.max(labels))
+        if smallest < -1 or largest >= clusters.shape[0]:
+            raise ValueError(f"labels must lie below the {clusters.shape[0]} peaks, got {smallest} to {largest}")
+    return jnp.where(labels < 0, -1, clusters[labels])

@@ -10,7 +10,7 @@ from scipy.spatial import cKDTree
 from sklearn.neighbors import NearestNeighbors
 
 from jaxscape import landscape
-from jaxscape.landscape import neighbors as module
+from jaxscape.landscape import compiled_search
 
 
 def plain(x, k):
@@ -169,6 +169,53 @@ def test_composes_with_jit_and_vmap():
         np.testing.assert_array_equal(one, landscape.nearest_neighbors(points, 4).indices)
 
 
+@pytest.mark.parametrize("tile_size", [None, 64])
+@pytest.mark.parametrize("queries", [False, True])
+def test_compiled_and_host_search_agree(queries, tile_size):
+    """Under jit the search is one compiled program; wide enough here that it selects in two levels."""
+    x = np.concatenate([normal(1200, 6), 1e-3 * normal(300, 6) + 9])
+    asking = normal(100, 6, seed=1) if queries else None
+    host = landscape.nearest_neighbors(x, 3, queries=asking, tile_size=tile_size)
+    compiled = jax.jit(lambda x: landscape.nearest_neighbors(x, 3, queries=asking, tile_size=tile_size))(x)
+    assert compiled_search.group_span(1500, 19) > 1
+    np.testing.assert_allclose(compiled.distances, host.distances, rtol=3e-7)
+    np.testing.assert_array_equal(compiled.indices, host.indices)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_queries_against_scikit_learn(compiled):
+    x, asking = normal(500, 12), np.concatenate([normal(70, 12, seed=1), normal(500, 12)[:5]])
+    search = lambda x: landscape.nearest_neighbors(x, 9, queries=asking)  # noqa: E731
+    nb = (jax.jit(search) if compiled else search)(x)
+    distances, indices = NearestNeighbors(n_neighbors=9, algorithm="kd_tree").fit(x).kneighbors(asking)
+    np.testing.assert_allclose(nb.distances, distances, rtol=5e-7)
+    np.testing.assert_array_equal(nb.indices, indices)
+    np.testing.assert_array_equal(nb.indices[70:, 0], np.arange(5))  # a query isn't left out of its own
+    everyone = landscape.nearest_neighbors(x, 500, queries=x[:3])
+    assert sorted(everyone.indices[1].tolist()) == list(range(500))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_cosine_against_scikit_learn(compiled):
+    x = normal(400, 30) * np.exp(normal(400, 1, seed=2))  # of many lengths, which mustn't matter
+    search = lambda x: landscape.nearest_neighbors(x, 7, metric="cosine")  # noqa: E731
+    nb = (jax.jit(search) if compiled else search)(x)
+    wide = x.astype(np.float64)
+    distances, indices = NearestNeighbors(n_neighbors=7, metric="cosine", algorithm="brute").fit(wide).kneighbors()
+    np.testing.assert_allclose(nb.distances, distances, rtol=1e-6)
+    assert np.mean(np.asarray(nb.indices) == indices) > 0.999
+    asking = landscape.nearest_neighbors(x, 7, metric="cosine", queries=3 * x[:50])
+    np.testing.assert_array_equal(asking.indices[:, 0], np.arange(50))
+
+
+def test_cosine_keeps_the_digits_of_small_angles():
+    angles = np.asarray([0.0, 1e-4, 3e-4, 1.0])
+    x = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    with jax.enable_x64(True):
+        nb = landscape.nearest_neighbors(x, 1, metric="cosine")
+        np.testing.assert_allclose(nb.distances[:, 0], 2 * np.sin([5e-5, 5e-5, 1e-4, (1 - 3e-4) / 2]) ** 2, rtol=1e-11)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(st.tuples(*[st.integers(-3, 3)] * 2), min_size=24, max_size=24),
@@ -184,7 +231,8 @@ def test_any_grid_points(rows, offset, tile_size):
 
 def test_a_tile_is_all_that_is_held():
     n = 30_000
-    compiled = module._search.lower(jax.ShapeDtypeStruct((n, 8), jnp.float32), 4, module._tile_rows(n, None)).compile()
+    points = jax.ShapeDtypeStruct((n, 8), jnp.float32)
+    compiled = compiled_search.search.lower(points, None, 4, compiled_search.tile_rows(n, n, None)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < n * n  # a quarter of the matrix in float32
 
 
@@ -195,6 +243,10 @@ def test_a_tile_is_all_that_is_held():
         (normal(5, 2), 5, {}, "k=5"),
         (normal(5, 2), 2, {"metric": "taxicab"}, "metric.*taxicab"),
         (normal(5, 2), 2, {"tile_size": 0}, "tile_size=0"),
+        (normal(5, 2), 6, {"queries": normal(3, 2)}, "at least k = 6 points, got 5"),
+        (normal(5, 2), 2, {"queries": normal(3, 4)}, "the 2 features of x, got 4"),
+        (normal(5, 2), 2, {"queries": np.full((3, 2), np.inf)}, r"queries\[0, 0\] = inf"),
+        (normal(5, 2) * [[1], [0], [1], [1], [1]], 2, {"metric": "cosine"}, r"length zero.*x\[1\]"),
         (normal(5, 2)[0], 1, {}, r"x must have two dimensions.*\(2,\)"),
         (np.zeros((5, 0)), 1, {}, r"x must have at least one feature.*\(5, 0\)"),
         (np.ones((5, 2), np.complex64), 1, {}, "x must be real.*complex64"),

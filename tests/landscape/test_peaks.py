@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxscape import landscape
+from jaxscape.landscape.peaks import nearest_among
 
 
 def plain_peaks(x, log_density, error, k, z):
@@ -82,8 +83,7 @@ def landscape_of(x, k, kept=None):
     return nb, landscape.knn_density(nb, landscape.gride_at(nb, k).id if nb.indices.shape[1] >= 2 * k else 2.0, k)
 
 
-@pytest.mark.parametrize("kept", [6, 20])
-@pytest.mark.parametrize("d", [1, 2, 40])
+@pytest.mark.parametrize(("d", "kept"), [(1, 6), (2, 20), (40, 6)])
 def test_plain_rules(d, kept):
     with jax.enable_x64(True):
         for seed in range(3):
@@ -181,6 +181,36 @@ def test_regular_identical_and_few_points(points):
     peaks = landscape.advanced_density_peaks(nb, landscape.knn_density(nb, 1.0, 1), 1.0, x=points)
     labels = np.asarray(peaks.labels)
     assert labels.min() == 0 and labels.max() == len(peaks.centers) - 1
+
+
+def test_more_neighbors_than_the_neighborhoods_need_change_nothing():
+    """With x, the result is the same from any number of neighbours kept, and any width the kernels are compiled for."""
+    x = blobs(300, 3, 8)
+    nb, density = landscape_of(x, 8)
+    density = density._replace(k=jnp.arange(300) % 7 + 2)
+    wide = landscape.advanced_density_peaks(nb, density, 0.5, x=x)
+    narrow = landscape.advanced_density_peaks(jax.tree.map(lambda a: a[:, :8], nb), density, 0.5, x=x)
+    jax.tree.map(np.testing.assert_array_equal, wide, narrow)
+    assert len(wide.centers) > 3
+
+
+@pytest.mark.parametrize("rows", [7, 1000])
+@pytest.mark.parametrize("offset", [0.0, 60.0])
+def test_nearest_among(offset, rows):
+    """On a grid there are many ties; far from the origin, products alone couldn't tell which is nearer."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 7, (200, 3)) / 8 + offset
+    x[:20] += rng.integers(-1, 2, (20, 3)) * 2.0**-17
+    x = x.astype(np.float32)
+    value = rng.permutation(200)
+    asked = (rng.random(200) < 0.5) & (value > 0)
+    nearest, square = nearest_among(
+        jnp.asarray(x), jnp.asarray(asked), lambda rows: jnp.asarray(value) < jnp.asarray(value)[rows][:, None], rows
+    )
+    squares = ((x[:, None] - x[None]) ** 2).sum(axis=-1)
+    squares = np.where(value < value[:, None], squares, np.inf)
+    np.testing.assert_array_equal(nearest, np.where(asked, squares.argmin(axis=1), np.arange(200)))
+    np.testing.assert_allclose(square, np.where(asked, squares.min(axis=1), 0), rtol=1e-6)
 
 
 def test_refuses():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jaxscape import landscape
-from jaxscape.landscape import neighbors, peaks, topography
 
 
 def blobs(n, seed=0):
@@ -64,14 +63,39 @@ def test_few_points_bound_the_ranks():
     assert found.gride.ranks.tolist() == [[1, 2], [2, 4], [4, 8], [8, 16]]
 
 
-def test_another_layer_compiles_nothing():
+def test_a_stack_is_its_layers_and_compiles_as_one(caplog):
     """Only the number of peaks and saddles changes between layers of a shape, and it's padded."""
-    landscape.survey(blobs(300), k=8)
-    kernels = (neighbors._search, peaks._climb, topography._merge)
-    before = [kernel._cache_size() for kernel in kernels]
-    for seed in range(1, 4):
-        landscape.survey(blobs(300, seed) * seed, k=8, z=0.5 * seed)
-    assert [kernel._cache_size() for kernel in kernels] == before
+    stack = np.stack([blobs(300, seed) * (1 + seed) for seed in range(4)])
+    first = landscape.survey(stack[0], k=8)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        together = landscape.survey(stack, k=8)
+    assert [record for record in caplog.records if "Compiling" in record.getMessage()] == []
+    jax.tree.map(np.testing.assert_array_equal, together[0], first)
+    jax.tree.map(np.testing.assert_array_equal, together[3], landscape.survey(stack[3], k=8))
+    stack[2, :290] = 1
+    with pytest.raises(ValueError, match="layer 2 of x.*distinct points, got 11 of 300"):
+        landscape.survey(stack, k=8)
+
+
+@pytest.mark.parametrize("name", ["kstar", "pak"])
+def test_adaptive_densities(name):
+    x = blobs(250)
+    found = landscape.survey(x, density=name, max_neighbors=100, z=1.0)
+    assert found.neighbors.indices.shape == (250, 100)
+    nb = landscape.nearest_neighbors(x, 100)
+    density = {"kstar": landscape.kstar_density, "pak": landscape.pak_density}[name](nb, landscape.gride_at(nb, 2).id)
+    jax.tree.map(np.testing.assert_array_equal, found.density, density)
+    peaks = landscape.advanced_density_peaks(nb, density, 1.0, x=x)
+    jax.tree.map(np.testing.assert_array_equal, found.peaks, peaks)
+
+
+def test_cosine_is_a_landscape_of_directions():
+    x = blobs(250)
+    lengths = np.exp2(np.random.default_rng(0).integers(-3, 4, (250, 1))).astype(np.float32)
+    found = landscape.survey(x * lengths, k=8, metric="cosine")
+    expected = landscape.survey(x / np.linalg.norm(x, axis=1, keepdims=True), k=8)
+    np.testing.assert_array_equal(found.peaks.labels, expected.peaks.labels)
+    np.testing.assert_allclose(found.intrinsic_dim, expected.intrinsic_dim, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +106,9 @@ def test_another_layer_compiles_nothing():
         (blobs(40), {"k": 20}, r"2k \+ 1 = 41 distinct points, got 40 of 40 \(k=20\)"),
         (np.ones((100, 3)), {}, "33 distinct points, got 1 of 100"),
         (blobs(40), {"k": 4, "z": -1}, "z=-1"),
+        (blobs(40), {"density": "other"}, "density.*other"),
+        (blobs(40), {"max_neighbors": 0}, "max_neighbors=0"),
+        (blobs(4), {"density": "pak"}, "at least 5 distinct points, got 4"),
         (blobs(40), {"k": 4, "metric": "other"}, "metric.*other"),
         (np.full((40, 3), np.inf), {"k": 4}, r"x\[0, 0\] = inf"),
         (blobs(40)[0], {"k": 4}, "two dimensions"),
