@@ -30,11 +30,12 @@ from jaxscape.landscape.distances import power_of_two, product_error
 
 _REFINE_TOTAL, _REFINE_ROW = 1 << 28, 1 << 13  # differences that cost little beside the search, in all and per row
 _SYMMETRIC_DIM, _SYMMETRIC_POINTS, _BLOCK = 768, 4096, 1536
-_TILE_ELEMENTS = 1 << 22  # 16 MiB: small enough for the allocator to hand the same pages out again
+_TILE_ELEMENTS = 6 << 20  # 24 MiB: small enough for the allocator to hand the same pages out again
 _CHUNK = 1 << 18  # elements a thread works on at a time: its cache
 _MARGIN = 16  # candidates beyond k where products give the distances
 _PILOT_ROWS, _PILOT_PAIRS, _PILOT_ERROR = 64, 32, 5e-7
 _CANCELLED = {np.dtype(np.float32): 0.25, np.dtype(np.float64): 1e-6}  # square over norms, below which to recompute
+_NOBODY = np.uint64(0x7F800000 << 32)  # the key of an infinite distance
 _FEW = 16  # recomputed pairs of a row, beyond which the row takes float64 products
 
 
@@ -46,9 +47,11 @@ class Plan(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """Points [N, D] and those that ask [M, D] as given (but for a power of two), and centred in `dtype` for products.
+    """Points [N, D] and those that ask [M, D] as given (but for a power of two), and what their products need.
 
-    `low_norms` are the centred squared norms at the lower end of their error interval, as the products rank by them.
+    The `blocks` [S, D] are the points less their `center`, cut into parts of one shape, the last filled up, in the
+    type of the products. `low_norms` [S] of each are the squared norms at the lower end of their error interval, by
+    which the products rank; infinite where a block is filled up.
     """
 
     points: np.ndarray
@@ -57,12 +60,17 @@ class _Problem(NamedTuple):
     k: int
     width: int
     error: float  # of the products, relative to the norms; 0 where a sample stands for the bound
-    centred: jax.Array
-    centred_asking: jax.Array
+    center: jax.Array
+    blocks: tuple[jax.Array, ...]
+    low_norms: tuple[jax.Array, ...]
     norms: np.ndarray
     norms_asking: np.ndarray
-    low_norms: jax.Array
     span: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of the products."""
+        return np.dtype(self.center.dtype)
 
 
 class _Found(NamedTuple):
@@ -103,20 +111,20 @@ def search(x, queries, k: int, tile_size: int | None = None, plan: Plan | None =
     m, (n, dim) = asking.shape[0], x.shape
     wide = x.dtype == jnp.float64
     plan = plan or choose(m, n, dim, k, wide, itself)
-    problem = _problem(x, asking, itself, k, plan, x.dtype)
+    problem = _problem(x, asking, itself, k, plan, tile_size, x.dtype)
+    double = jnp.dtype(np.float64)
     if plan.strategy == "product" and not wide and not _trustworthy(problem):
-        problem = _problem(x, asking, itself, k, plan, jnp.dtype(np.float64))
+        problem = _problem(x, asking, itself, k, plan, tile_size, double)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         find = _search_symmetric if plan.symmetric else _search_rows
         distances, indices, unsafe = find(problem, plan, np.arange(m), tile_size, pool)
-        if len(unsafe) and problem.centred.dtype == jnp.float32:
-            plan = Plan("product", False)
-            problem = _problem(x, asking, itself, k, plan, jnp.dtype(np.float64))
-            rows = unsafe
+        if len(unsafe) and problem.dtype == np.float32:
+            rows, plan = unsafe, Plan("product", False)
+            problem = _problem(x, asking, itself, k, plan, tile_size, double)
             distances[rows], indices[rows], unsafe = _search_rows(problem, plan, rows, tile_size, pool)
         for row in unsafe:
             distances[row], indices[row] = _search_directly(problem, row)
-    return distances * x.dtype.type(unit), indices
+    return distances if unit == 1 else distances * x.dtype.type(unit), indices
 
 
 @jax.jit
@@ -124,35 +132,42 @@ def _largest_value(x):
     return jnp.max(jnp.abs(x))
 
 
-def _problem(x, asking, itself: bool, k: int, plan: Plan, dtype) -> _Problem:
+def _problem(x, asking, itself: bool, k: int, plan: Plan, tile_size: int | None, dtype) -> _Problem:
     n, dim = x.shape
     product = plan.strategy == "product"
     width = (min(n - itself, k + _MARGIN) if product else candidate_count(k, n - itself)) + itself
-    span = group_span(n, width)
+    span = 1 if plan.symmetric else group_span(n, width)
+    size = math.ceil(n / math.ceil(n / min(n, tile_size or _BLOCK))) if plan.symmetric else n + -n % span
     error = 0.0 if product and dtype == jnp.float32 else product_error(dim, dtype)
-    with jax.enable_x64(True):  # for the norms: those of a thousand neighbours mustn't share a rounding error
-        centred, norms = _centre(x, x, dtype=dtype, padding=-n % span)
-        centred_asking, norms_asking = (centred, norms) if itself else _centre(asking, x, dtype=dtype, padding=0)
-        low_norms = jnp.where(jnp.arange(len(norms)) < n, (1 - error) * norms, jnp.inf).astype(dtype)
-        norms, norms_asking = (np.asarray(a).astype(dtype) for a in (norms, norms_asking))
     points, asking = np.asarray(x), np.asarray(asking)
-    return _Problem(
-        points, asking, itself, k, width, error, centred, centred_asking, norms, norms_asking, low_norms, span
-    )
+    with jax.enable_x64(True):  # for the norms: those of a thousand neighbours mustn't share a rounding error
+        center = _center(x, dtype=dtype)
+        parts = [_centre(points[a : a + size], center, size=size) for a in range(0, n, size)]
+        norms = np.concatenate([np.asarray(norms) for _, norms in parts])
+        low_norms = (1 - error) * np.where(np.arange(len(norms)) < n, norms, np.inf)
+        low_norms = tuple(jnp.asarray(part.astype(dtype)) for part in np.split(low_norms, len(parts)))
+        norms = norms[:n].astype(dtype)
+        norms_asking = norms if itself else np.asarray(_centre(asking, center, size=len(asking))[1]).astype(dtype)
+    blocks = tuple(block for block, _ in parts)
+    return _Problem(points, asking, itself, k, width, error, center, blocks, low_norms, norms, norms_asking, span)
 
 
-@partial(jax.jit, static_argnames=("dtype", "padding"))
-def _centre(a, x, dtype, padding: int):
-    """Return `a` [N, D] less the mean of `x`, in `dtype`, with rows of zeros added, and its squared norms [N]."""
-    a = (a.astype(dtype) - jnp.mean(x.astype(dtype), axis=0)).astype(dtype)
-    a = jnp.pad(a, ((0, padding), (0, 0)))
-    return a, jnp.sum(jnp.square(a.astype(jnp.float64)), axis=1)
+@partial(jax.jit, static_argnames=("dtype",))
+def _center(x, dtype):
+    return jnp.mean(x.astype(dtype), axis=0)
+
+
+@partial(jax.jit, static_argnames=("size",))
+def _centre(points, center, size: int):
+    """Return points [R, D] less the center, with rows of zeros added up to [S, D], and the squared norms [S]."""
+    points = jnp.pad(points.astype(center.dtype) - center, ((0, size - len(points)), (0, 0)))
+    return points, jnp.sum(jnp.square(points.astype(jnp.float64)), axis=1)
 
 
 @partial(jax.jit, static_argnames=("span",))
-def _closeness(rows, centred, low_norms, span: int):
-    """Return the closeness [T, N] of rows [T, D] to all points, and the maxima [T, G] of groups `span` apart."""
-    closeness = closeness_of(rows, centred, low_norms)
+def _closeness(rows, center, block, low_norms, span: int):
+    """Return the closeness [T, S] of rows [T, D] to a block, and the maxima [T, G] of groups `span` apart."""
+    closeness = closeness_of(rows.astype(center.dtype) - center, block, low_norms)
     return closeness, jnp.max(closeness.reshape(len(closeness), span, -1), axis=1) if span > 1 else None
 
 
@@ -162,10 +177,10 @@ def _search_rows(problem: _Problem, plan: Plan, rows: np.ndarray, tile_size, poo
     tile = tile_rows(len(rows), n, tile_size or min(len(rows), max(1, _TILE_ELEMENTS // n)))
     found = _Found.empty(len(rows), problem)
     finish = _finish_refined if plan.strategy == "refine" else _finish_product
-    for start in range(0, len(rows), tile):
-        start = min(start, len(rows) - tile)  # the last tile overlaps: another height would be compiled anew
+    starts = [min(a, len(rows) - tile) for a in range(0, len(rows), tile)]  # the last reaches back: one height compiles
+    for start in starts:
         at = rows[start : start + tile]
-        closeness, maxima = _closeness_tile(problem, at)
+        closeness, maxima = (None if a is None else np.asarray(a) for a in _closeness_tile(problem, at))
 
         def work(part, start=start, at=at, closeness=closeness, maxima=maxima):
             kept, candidates = _largest(closeness[part], None if maxima is None else maxima[part], problem.width)
@@ -173,13 +188,19 @@ def _search_rows(problem: _Problem, plan: Plan, rows: np.ndarray, tile_size, poo
             found.put(slice(start + part.start, start + part.stop), finish(problem, at[part], low, candidates))
 
         _in_parallel(pool, work, tile, n // problem.span)
+        del closeness, maxima, work  # the next tile gets the same pages, still in the cache
     return found.distances, found.indices, rows[~found.safe]
 
 
-def _closeness_tile(problem: _Problem, rows) -> tuple[np.ndarray, np.ndarray | None]:
-    with jax.enable_x64(problem.centred.dtype == jnp.float64):
-        closeness, maxima = _closeness(problem.centred_asking[rows], problem.centred, problem.low_norms, problem.span)
-        return np.asarray(closeness), None if maxima is None else np.asarray(maxima)
+def _closeness_tile(problem: _Problem, rows) -> tuple[jax.Array, jax.Array | None]:
+    """Return the closeness [T, N] of `rows` [T] to all points, and, of a single block, the maxima of its groups."""
+    asking = problem.asking[rows]
+    with jax.enable_x64(problem.dtype == np.float64):
+        parts = [
+            _closeness(asking, problem.center, block, low_norms, problem.span)
+            for block, low_norms in zip(problem.blocks, problem.low_norms, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else (jnp.concatenate([closeness for closeness, _ in parts], axis=1), None)
 
 
 def _low_norms_asking(problem: _Problem, rows) -> np.ndarray:
@@ -189,68 +210,70 @@ def _low_norms_asking(problem: _Problem, rows) -> np.ndarray:
 def _search_symmetric(problem: _Problem, plan: Plan, rows: np.ndarray, tile_size, pool):
     """Search for the neighbours of all points, each block of products serving the rows of both its sides.
 
-    A row of blocks is selected from once it is whole; what lies left of the diagonal comes transposed, block by block,
-    and only its nearest so far are held.
+    Of every row only the best keys so far are held: a key is the square of a distance and, below it, whose it is, in
+    one integer, which partitions in a third of the time of a float and its index.
     """
-    n, width = len(problem.points), problem.width
-    size = math.ceil(n / math.ceil(n / min(n, tile_size or _BLOCK)))
+    n, width, size = len(problem.points), problem.width, problem.blocks[0].shape[0]
     found = _Found.empty(n, problem)
-    low = np.full((n, width), np.inf, problem.centred.dtype)
-    near = np.zeros((n, width), np.int32)
-    room = np.empty(size * (width + n), low.dtype)
-    for top in range(0, n, size):
-        own = slice(top, min(top + size, n))
-        shape = (own.stop - top, width + n - top)
-        strip = room[: shape[0] * shape[1]].reshape(shape)
-        strip[:, :width] = low[own]
-        for left in range(top, n, size):
-            squares, transposed = _block(problem, top, left, size)
-            strip[:, width + left - top :][:, : squares.shape[1]] = squares
-            if left > top:
+    best = np.full((n, width), _NOBODY)
 
-                def merge(part, top=top, left=left, transposed=transposed):
-                    whole = slice(left + part.start, left + part.stop)
-                    both = np.concatenate([low[whole], transposed[part]], axis=1)
-                    low[whole], near[whole] = _smallest(both, near[whole], top)
+    def merge(keys, first):
+        def work(part):
+            whole = slice(first + part.start, first + part.stop)
+            both = np.concatenate([best[whole], keys[part]], axis=1)
+            both.partition(width - 1, axis=1)
+            best[whole] = both[:, :width]
 
-                _in_parallel(pool, merge, len(transposed), width + size)
+        _in_parallel(pool, work, min(size, n - first), width + size)
 
-        def finish(part, top=top, strip=strip):
-            whole = slice(top + part.start, top + part.stop)
-            lowest, candidates = _smallest(strip[part], near[whole], top)
-            found.put(whole, _finish_product(problem, rows[whole], lowest, candidates))
+    def finish(part, first):
+        whole = slice(first + part.start, first + part.stop)
+        low, candidates = _split(best[whole])
+        found.put(whole, _finish_product(problem, rows[whole], low, candidates))
 
-        _in_parallel(pool, finish, len(strip), strip.shape[1])
+    for top, left, keys, transposed in _blocks_of_keys(problem):
+        merge(keys, top)
+        if left > top:
+            merge(transposed, left)
+        if left + size >= n:
+            _in_parallel(pool, partial(finish, first=top), min(size, n - top), width)
+        del keys, transposed
     return found.distances, found.indices, rows[~found.safe]
 
 
-def _smallest(squares: np.ndarray, near: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the W smallest `squares` [R, W + T] of each row and whose they are: `near` [R, W], then `first`, ..."""
-    width = near.shape[1]
-    at = np.argpartition(squares, width - 1, axis=1)[:, :width]
-    held = np.take_along_axis(near, np.minimum(at, width - 1), axis=1)
-    return np.take_along_axis(squares, at, axis=1), np.where(at < width, held, at - width + first).astype(np.int32)
+def _blocks_of_keys(problem: _Problem):
+    """Yield the blocks on and above the diagonal: their first row and column, their keys, and those transposed."""
+    blocks, norms, size = problem.blocks, problem.low_norms, problem.blocks[0].shape[0]
+    for i, j in ((i, j) for i in range(len(blocks)) for j in range(i, len(blocks))):
+        with jax.enable_x64(True):
+            keys, transposed = _keys(blocks[i], blocks[j], norms[i], norms[j], i * size, j * size)
+        yield i * size, j * size, np.asarray(keys), np.asarray(transposed)
+        del keys, transposed  # the next block gets the same pages
 
 
-def _block(problem: _Problem, top: int, left: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lower ends of the squared distances of rows from `top` and from `left`, and their transpose."""
-    n = len(problem.points)
-    # The last block reaches back: another shape would be compiled anew.
-    row, column = min(top, n - size), min(left, n - size)
-    with jax.enable_x64(problem.centred.dtype == jnp.float64):
-        squares, transposed = _squares(problem.centred, problem.low_norms, row, column, size)
-        squares, transposed = np.asarray(squares), np.asarray(transposed)
-    return squares[top - row :, left - column :], transposed[left - column :, top - row :]
-
-
-@partial(jax.jit, static_argnames=("size",))
-def _squares(centred, low_norms, row, column, size: int):
-    rows, columns = (lax.dynamic_slice_in_dim(centred, start, size) for start in (row, column))
-    own, norms = (lax.dynamic_slice_in_dim(low_norms, start, size) for start in (row, column))
-    squares = own[:, None] - closeness_of(rows, columns, norms)
-    itself = (row + jnp.arange(size))[:, None] == column + jnp.arange(size)
+@jax.jit
+def _keys(rows, columns, norms_rows, norms_columns, top, left):
+    """Return the keys [T, T] of the lower ends of the squared distances of rows to columns, and of columns to rows."""
+    size = rows.shape[0]
+    squares = jnp.maximum(norms_rows[:, None] - closeness_of(rows, columns, norms_columns), 0).astype(jnp.float32)
+    itself = top + jnp.arange(size)[:, None] == left + jnp.arange(size)
     squares = jnp.where(itself, jnp.inf, squares)
-    return squares, squares.T
+
+    def keys(squares, first):
+        bits = lax.bitcast_convert_type(squares, jnp.uint32).astype(jnp.uint64)
+        return bits << 32 | (first + jnp.arange(size)).astype(jnp.uint64)
+
+    return keys(squares, left), keys(squares.T, top)
+
+
+def _join(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """Return uint64 keys that sort by value, float32 and not negative, and then by index."""
+    return values.view(np.uint32).astype(np.uint64) << np.uint64(32) | indices.astype(np.uint64)
+
+
+def _split(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the float32 values and the int32 indices of keys."""
+    return (keys >> np.uint64(32)).astype(np.uint32).view(np.float32), keys.astype(np.uint32).view(np.int32)
 
 
 def _in_parallel(pool, work: Callable[[slice], None], count: int, elements: int) -> None:
@@ -339,25 +362,25 @@ def _sort(distances: np.ndarray, indices: np.ndarray, k: int) -> tuple[np.ndarra
     if distances.dtype == np.float64:
         order = np.lexsort((indices, distances), axis=1)[:, :k]
         return np.take_along_axis(distances, order, axis=1), np.take_along_axis(indices, order, axis=1)
-    # Non-negative floats sort as their bits do: one integer key holds the distance and, below it, the index.
-    keys = distances.view(np.uint32).astype(np.uint64) << np.uint64(32) | indices.astype(np.uint64)
+    keys = _join(distances, indices)
     keys.sort(axis=1)
-    keys = keys[:, :k]
-    return (keys >> np.uint64(32)).astype(np.uint32).view(np.float32), keys.astype(np.uint32).astype(np.int32)
+    return _split(keys[:, :k])
 
 
 def _trustworthy(problem: _Problem) -> bool:
     """Whether float32 products of a sample of rows and neighbours give the distances that float64 would."""
     rows = np.unique(np.linspace(0, len(problem.asking) - 1, _PILOT_ROWS).astype(int))
-    kept, candidates = _largest(*_closeness_tile(problem, rows), problem.width)
+    closeness, maxima = (None if a is None else np.asarray(a) for a in _closeness_tile(problem, rows))
+    kept, candidates = _largest(closeness, maxima, problem.width)
     order = np.argsort(-kept, axis=1)[:, problem.itself :]  # without the point itself
     order = order[:, np.unique(np.geomspace(1, order.shape[1], _PILOT_PAIRS).astype(int)) - 1]
     kept, candidates = (np.take_along_axis(a, order, axis=1) for a in (kept, candidates))
     squares = _low_norms_asking(problem, rows)[:, None] - kept
-    centred, asking = np.asarray(problem.centred), np.asarray(problem.centred_asking[rows], np.float64)
-    exact = np.stack(
-        [((centred[at].astype(np.float64) - row) ** 2).sum(axis=1) for at, row in zip(candidates, asking, strict=True)]
-    )
+    exact = [
+        ((problem.points[at] - problem.asking[row].astype(np.float64)) ** 2).sum(axis=1)
+        for row, at in zip(rows, candidates, strict=True)
+    ]
+    exact = np.stack(exact)
     wrong = np.abs(squares - exact) > 2 * _PILOT_ERROR * exact
     return bool((wrong.mean(axis=1) <= 0.25).mean() > 0.9)
 
