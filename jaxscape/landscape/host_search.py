@@ -5,14 +5,15 @@ the products are tiles, so the N x M matrix is never whole. Two strategies, chos
 
 - "refine": candidates from the product in the points' own precision, their distances from differences; a bound on the
   product's error tells which rows may have lost a neighbour.
-- "product", for many neighbours of wide points, where differences would cost more than all products: distances from
-  the product itself. In float32 they are as good as sums of float32 differences as long as the square isn't small
-  against the norms; rows where it is, or all rows where a sample shows errors, take float64 products. In float64
-  what cancels beyond a millionth is recomputed from differences.
+- "product", for many neighbours, whose differences would cost more than all products: distances from the product
+  itself. In float64 this is as exact; what cancels beyond a millionth is recomputed from differences. In float32, for
+  large searches, it is as good as sums of float32 differences as long as the square isn't small against the norms; rows
+  where it is, or all rows where a sample shows errors, take float64 after all.
 
 Letters in shapes: N points, M points that ask, D features, K neighbours, T rows of a tile, W candidates, R rows.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Callable
@@ -28,22 +29,30 @@ from jax import lax
 from jaxscape.landscape.compiled_search import candidate_count, closeness_of, group_span, tile_rows
 from jaxscape.landscape.distances import power_of_two, product_error
 
-_REFINE_TOTAL, _REFINE_ROW = 1 << 28, 1 << 13  # differences that cost little beside the search, in all and per row
+_FEW_DIFFERENCES = 1 << 24  # coordinates to subtract that cost next to nothing, in all
+_DIFFERENCE = 50  # about what a coordinate costs in a difference, over what it costs in a product
+_FEW_PRODUCTS = 1 << 31  # coordinates to multiply that cost little even in float64
 _SYMMETRIC_DIM, _SYMMETRIC_POINTS, _BLOCK = 768, 4096, 1536
 _TILE_ELEMENTS = 6 << 20  # 24 MiB: small enough for the allocator to hand the same pages out again
 _CHUNK = 1 << 18  # elements a thread works on at a time: its cache
 _MARGIN = 16  # candidates beyond k where products give the distances
-_PILOT_ROWS, _PILOT_PAIRS, _PILOT_ERROR = 64, 32, 5e-7
+_PILOT_ROWS, _PILOT_PAIRS, _PILOT_ERROR = 32, 16, 5e-7
 _CANCELLED = {np.dtype(np.float32): 0.25, np.dtype(np.float64): 1e-6}  # square over norms, below which to recompute
 _NOBODY = np.uint64(0x7F800000 << 32)  # the key of an infinite distance
 _FEW = 16  # recomputed pairs of a row, beyond which the row takes float64 products
 
 
 class Plan(NamedTuple):
-    """How to search: `strategy` "refine" or "product", and whether products are shared by both of their points."""
+    """How to search.
+
+    strategy: "refine" or "product".
+    symmetric: whether products are shared by both of their points.
+    precise: whether products are in float64 from the start.
+    """
 
     strategy: str
-    symmetric: bool
+    symmetric: bool = False
+    precise: bool = False
 
 
 class _Problem(NamedTuple):
@@ -93,9 +102,13 @@ class _Found(NamedTuple):
 def choose(m: int, n: int, dim: int, k: int, wide: bool, itself: bool) -> Plan:
     """Return the plan for M points [D] that ask for K neighbours among N; `wide`: the points are float64."""
     width = candidate_count(k, n - itself)
-    if wide or width * dim <= max(_REFINE_ROW, _REFINE_TOTAL // m):
-        return Plan("refine", False)
-    return Plan("product", itself and dim >= _SYMMETRIC_DIM and n >= _SYMMETRIC_POINTS)
+    if wide or m * width * dim <= _FEW_DIFFERENCES:
+        return Plan("refine")
+    if itself and dim >= _SYMMETRIC_DIM and n >= _SYMMETRIC_POINTS:
+        return Plan("product", symmetric=True)
+    if _DIFFERENCE * width <= n:
+        return Plan("refine")
+    return Plan("product", precise=m * n * dim <= _FEW_PRODUCTS)
 
 
 def search(x, queries, k: int, tile_size: int | None = None, plan: Plan | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -111,15 +124,15 @@ def search(x, queries, k: int, tile_size: int | None = None, plan: Plan | None =
     m, (n, dim) = asking.shape[0], x.shape
     wide = x.dtype == jnp.float64
     plan = plan or choose(m, n, dim, k, wide, itself)
-    problem = _problem(x, asking, itself, k, plan, tile_size, x.dtype)
     double = jnp.dtype(np.float64)
-    if plan.strategy == "product" and not wide and not _trustworthy(problem):
+    problem = _problem(x, asking, itself, k, plan, tile_size, double if plan.precise else x.dtype)
+    if plan.strategy == "product" and problem.dtype == np.float32 and not _trustworthy(problem):
         problem = _problem(x, asking, itself, k, plan, tile_size, double)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         find = _search_symmetric if plan.symmetric else _search_rows
         distances, indices, unsafe = find(problem, plan, np.arange(m), tile_size, pool)
         if len(unsafe) and problem.dtype == np.float32:
-            rows, plan = unsafe, Plan("product", False)
+            rows, plan = unsafe, Plan("product", precise=True)
             problem = _problem(x, asking, itself, k, plan, tile_size, double)
             distances[rows], indices[rows], unsafe = _search_rows(problem, plan, rows, tile_size, pool)
         for row in unsafe:
@@ -244,7 +257,7 @@ def _search_symmetric(problem: _Problem, plan: Plan, rows: np.ndarray, tile_size
 def _blocks_of_keys(problem: _Problem):
     """Yield the blocks on and above the diagonal: their first row and column, their keys, and those transposed."""
     blocks, norms, size = problem.blocks, problem.low_norms, problem.blocks[0].shape[0]
-    for i, j in ((i, j) for i in range(len(blocks)) for j in range(i, len(blocks))):
+    for i, j in itertools.combinations_with_replacement(range(len(blocks)), 2):
         with jax.enable_x64(True):
             keys, transposed = _keys(blocks[i], blocks[j], norms[i], norms[j], i * size, j * size)
         yield i * size, j * size, np.asarray(keys), np.asarray(transposed)

@@ -22,7 +22,8 @@ import numpy as np
 
 from tests.benchmarks.limits import median_seconds
 
-SIZES = [1_000, 8, 100, 1_000, 576, 100, 1_000, 4_096, 100, 10_000, 64, 100, 9_183, 4_096, 1_000, 60_000, 8, 100, 60_000, 32, 100]
+SIZES = [1_000, 8, 100, 1_000, 576, 100, 1_000, 4_096, 100, 10_000, 64, 100, 9_183, 4_096, 1_000]
+SIZES += [60_000, 8, 100, 60_000, 32, 100]
 DENSITY_K = 16
 TURNS = 2
 REPOSITORY = Path(__file__).parents[2]

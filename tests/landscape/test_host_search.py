@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from jaxscape.landscape import host_search
 from jaxscape.landscape.host_search import Plan
 
-PLANS = [Plan("refine", False), Plan("product", False), Plan("product", True)]
-NAMES = ["refine", "product", "symmetric"]
+PLANS = [Plan("refine"), Plan("product"), Plan("product", precise=True), Plan("product", symmetric=True)]
+NAMES = ["refine", "product", "precise", "symmetric"]
 
 
 def plain(x, asking, k):
@@ -70,7 +70,7 @@ def test_every_plan_is_exact(cloud, plan):
     assert_plain(CLOUDS[cloud], 30, plan, tile_size=64)
 
 
-@pytest.mark.parametrize("plan", PLANS[:2], ids=NAMES[:2])
+@pytest.mark.parametrize("plan", PLANS[:3], ids=NAMES[:3])
 @pytest.mark.parametrize("cloud", ["normal", "tight clusters", "near duplicates"])
 def test_queries(cloud, plan):
     x = CLOUDS[cloud]
@@ -132,8 +132,10 @@ def test_any_points(rows, offset, plan, tile_size):
 
 
 def test_the_plan_follows_the_cost():
-    assert host_search.choose(1000, 1000, 576, 64, False, True) == Plan("refine", False)
-    assert host_search.choose(60_000, 60_000, 32, 100, False, True) == Plan("refine", False)
-    assert host_search.choose(9183, 9183, 4096, 1000, False, True) == Plan("product", True)
-    assert host_search.choose(9183, 9183, 4096, 1000, False, False) == Plan("product", False)
-    assert host_search.choose(9183, 9183, 4096, 1000, True, True) == Plan("refine", False)
+    assert host_search.choose(1000, 1000, 8, 64, False, True) == Plan("refine")
+    assert host_search.choose(1000, 1000, 576, 64, False, True) == Plan("product", precise=True)
+    assert host_search.choose(60_000, 60_000, 32, 100, False, True) == Plan("refine")
+    assert host_search.choose(20_000, 20_000, 512, 1000, False, True) == Plan("product")
+    assert host_search.choose(9183, 9183, 4096, 1000, False, True) == Plan("product", symmetric=True)
+    assert host_search.choose(9183, 9183, 4096, 1000, False, False) == Plan("product")
+    assert host_search.choose(9183, 9183, 4096, 1000, True, True) == Plan("refine")
