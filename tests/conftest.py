@@ -12,6 +12,15 @@ import pytest
 from jaxscape.errors import InputError
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Every program XLA compiles for the CPU holds a few memory maps, of which a process may have 65,530."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 class Golden(NamedTuple):
     """One prompt through PyTorch: last token's states [L, D] at each site, and its logits [V]."""
 

@@ -49,7 +49,7 @@ class Decimation(NamedTuple):
 
     ids: [S] mean TwoNN dimension of the parts.
     errors: [S] their standard errors.
-    scales: [S] mean distance to the first and the second neighbour, in the units of the points; ascending.
+    scales: [S] mean distance to the first and the second neighbour, in the units of the points.
     sizes: [S] int32, points in each of the 2^s parts of step s.
     """
 
@@ -119,8 +119,9 @@ def two_nn(nb: Neighbors, method: str = "linear_fit", fraction: float = 0.9) -> 
     "maximum_likelihood": (N - 1) / sum log mu, of all ratios; the 1 makes it unbiased. The error is id / sqrt(N).
 
     Points with a duplicate (r_1 = 0) have no ratio: they're left out, and N is the number of the others. Ratios of
-    one (r_1 = r_2) count as 10 units of rounding above one. The dimension is bounded to 0.001 and 1000, so the
-    result is always finite: the line fitted to a regular grid gives 1000; points that all have a duplicate, 0.001.
+    one (r_1 = r_2) count as 10 units of rounding above one. The dimension is bounded to 0.001 and 1000, so it is
+    always finite: the line fitted to a regular grid gives 1000; points that all have a duplicate, 0.001. Where the
+    ratios don't tell it (the bounds of the line, fewer than two ratios) the error is infinite.
 
     Args:
         nb: neighbours of N points, at least two each.
@@ -204,7 +205,7 @@ def _two_nn(distances, method: str, fraction: float) -> TwoNN:
     if method == "maximum_likelihood":
         used, total = count.astype(dtype), jnp.sum(jnp.where(there, log_mu, 0))
         dimension = jnp.clip((used - 1) / jnp.maximum(total, info.tiny), _MIN_DIMENSION, _MAX_DIMENSION)
-        return TwoNN(dimension, dimension / jnp.sqrt(jnp.maximum(used, 1)))
+        return TwoNN(dimension, jnp.where(used > 1, dimension / jnp.sqrt(jnp.maximum(used, 1)), jnp.inf))
 
     # floor(fraction N) of whatever N turns out to be, in float64 on the host: float32 would miss by one.
     fitted = jnp.asarray(np.floor(np.arange(n + 1) * fraction).astype(np.int32))[count]
@@ -216,7 +217,8 @@ def _two_nn(distances, method: str, fraction: float) -> TwoNN:
     slope = jnp.sum(across * up) / squares
     residual = jnp.where(used, up - slope * across, 0)
     variance = jnp.sum(residual * residual) / jnp.maximum(fitted - 1, 1) / squares
-    return TwoNN(jnp.clip(slope, _MIN_DIMENSION, _MAX_DIMENSION), jnp.sqrt(variance))
+    known = (fitted > 1) & (slope > _MIN_DIMENSION) & (slope < _MAX_DIMENSION)
+    return TwoNN(jnp.clip(slope, _MIN_DIMENSION, _MAX_DIMENSION), jnp.where(known, jnp.sqrt(variance), jnp.inf))
 
 
 @partial(jax.jit, static_argnames=("count", "method", "fraction"))

@@ -22,7 +22,8 @@ def as_points(x, name: str = "x") -> jax.Array:
         raise ValueError(f"{name} must be real, got dtype {points.dtype}")
     if points.dtype not in (jnp.float32, jnp.float64):
         points = points.astype(jnp.float32)
-    if not isinstance(points, jax.core.Tracer) and not bool(_all_finite(points)):
+    finite = _all_finite(points)  # is traced wherever anything is, whatever the points are
+    if not isinstance(finite, jax.core.Tracer) and not bool(finite):
         row, column = np.argwhere(~np.isfinite(np.asarray(points)))[0]
         raise ValueError(f"{name} must be finite, got {name}[{row}, {column}] = {points[row, column]}")
     return points
@@ -38,9 +39,10 @@ def unit_scale(x):
 
 
 def power_of_two(largest):
-    """Return the power of two next above `largest`, between 2^-100 and 2^100."""
+    """Return the power of two next above `largest`, between 2^-100 and 2^100 (float64: 2^-1000 and 2^1000)."""
     _, exponent = jnp.frexp(largest)
-    return jnp.ldexp(jnp.ones((), largest.dtype), jnp.clip(exponent, -100, 100))
+    limit = 100 if largest.dtype == jnp.float32 else 1000
+    return jnp.ldexp(jnp.ones((), largest.dtype), jnp.clip(exponent, -limit, limit))
 
 
 def squared_distances(x, rows):

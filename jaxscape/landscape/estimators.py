@@ -51,7 +51,7 @@ class AdvancedDensityPeaks(ClusterMixin, BaseEstimator):
         n_neighbors: k, the neighbours of the "knn" density, for which the dimension is estimated at the rank pair
             (k, 2k). Where there are fewer than 2k + 1 distinct samples, the largest k that they allow is used, with a
             warning. Unused by the other densities, for which the dimension is that at the rank pair (2, 4).
-        z: significance of the peaks, in standard errors; 0 merges nothing but peaks no higher than their saddle.
+        z: significance of the peaks, in standard errors; 0 merges nothing but peaks lower than their saddle.
         density: "knn"; "kstar", with as many neighbours of each sample as see a constant density; or "pak", which
             corrects that for the density's slope. See `landscape.knn_density`, `kstar_density` and `pak_density`.
         intrinsic_dim: dimension to compute the density in; None: Gride's.
@@ -236,6 +236,8 @@ def _distinct_samples(estimator, X, least: int) -> _Distinct:
     # The precision it's computed in comes first: what overflows is refused, and what becomes equal is a duplicate.
     dtypes = [np.float32, jnp.result_type(float)]
     rows = validate_data(estimator, X, dtype=dtypes, ensure_min_samples=least)
+    if estimator.metric == "cosine":
+        rows = np.asarray(directions(jnp.asarray(rows), "X"))
     first = drop_duplicates(rows)
     if len(first) < least:
         raise ValueError(
@@ -250,8 +252,7 @@ def _distinct_samples(estimator, X, least: int) -> _Distinct:
         _, at, group = np.unique(as_bytes, return_index=True, return_inverse=True)
         owner = np.searchsorted(first, at[group])
         rows = rows[first]
-    points = jnp.asarray(rows)
-    return _Distinct(directions(points, "X") if estimator.metric == "cosine" else points, first, owner)
+    return _Distinct(jnp.asarray(rows), first, owner)
 
 
 def _largest_rank(estimator, name: str, others: int) -> int:

@@ -38,6 +38,8 @@ _CHUNK = 1 << 18  # elements a thread works on at a time: its cache
 _MARGIN = 16  # candidates beyond k where products give the distances
 _PILOT_ROWS, _PILOT_PAIRS, _PILOT_ERROR = 32, 16, 5e-7
 _CANCELLED = {np.dtype(np.float32): 0.25, np.dtype(np.float64): 1e-6}  # square over norms, below which to recompute
+_TIED = 0.2  # share of neighbours at the distance of the one before, from which ties are no accident
+_WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 _NOBODY = np.uint64(0x7F800000 << 32)  # the key of an infinite distance
 _FEW = 16  # recomputed pairs of a row, beyond which the row takes float64 products
 
@@ -128,15 +130,15 @@ def search(x, queries, k: int, tile_size: int | None = None, plan: Plan | None =
     problem = _problem(x, asking, itself, k, plan, tile_size, double if plan.precise else x.dtype)
     if plan.strategy == "product" and problem.dtype == np.float32 and not _trustworthy(problem):
         problem = _problem(x, asking, itself, k, plan, tile_size, double)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(_WORKERS) as pool:
         find = _search_symmetric if plan.symmetric else _search_rows
         distances, indices, unsafe = find(problem, plan, np.arange(m), tile_size, pool)
         if len(unsafe) and problem.dtype == np.float32:
             rows, plan = unsafe, Plan("product", precise=True)
             problem = _problem(x, asking, itself, k, plan, tile_size, double)
             distances[rows], indices[rows], unsafe = _search_rows(problem, plan, rows, tile_size, pool)
-        for row in unsafe:
-            distances[row], indices[row] = _search_directly(problem, row)
+        for row, found in zip(unsafe, pool.map(partial(_search_directly, problem), unsafe), strict=True):
+            distances[row], indices[row] = found
     return distances if unit == 1 else distances * x.dtype.type(unit), indices
 
 
@@ -291,7 +293,7 @@ def _split(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _in_parallel(pool, work: Callable[[slice], None], count: int, elements: int) -> None:
     """Run `work` on slices of `count` rows of `elements` each, of a size that a cache holds."""
-    step = max(1, min(_CHUNK // elements, math.ceil(count / pool._max_workers)))
+    step = max(1, min(_CHUNK // elements, math.ceil(count / _WORKERS)))
     list(pool.map(work, (slice(a, min(a + step, count)) for a in range(0, count, step))))
 
 
@@ -381,11 +383,18 @@ def _sort(distances: np.ndarray, indices: np.ndarray, k: int) -> tuple[np.ndarra
 
 
 def _trustworthy(problem: _Problem) -> bool:
-    """Whether float32 products of a sample of rows and neighbours give the distances that float64 would."""
+    """Whether float32 products of a sample of rows and neighbours give the distances that float64 would.
+
+    Nor may many distances be as good as equal: products would round the same distance to different floats.
+    """
     rows = np.unique(np.linspace(0, len(problem.asking) - 1, _PILOT_ROWS).astype(int))
     closeness, maxima = (None if a is None else np.asarray(a) for a in _closeness_tile(problem, rows))
     kept, candidates = _largest(closeness, maxima, problem.width)
     order = np.argsort(-kept, axis=1)[:, problem.itself :]  # without the point itself
+    squares = _low_norms_asking(problem, rows)[:, None] - np.take_along_axis(kept, order, axis=1)
+    tied = np.count_nonzero(np.diff(squares, axis=1) <= 2 * _PILOT_ERROR * squares[:, 1:])
+    if tied > _TIED * squares.size:
+        return False
     order = order[:, np.unique(np.geomspace(1, order.shape[1], _PILOT_PAIRS).astype(int)) - 1]
     kept, candidates = (np.take_along_axis(a, order, axis=1) for a in (kept, candidates))
     squares = _low_norms_asking(problem, rows)[:, None] - kept
@@ -408,5 +417,7 @@ def _search_directly(problem: _Problem, row: int) -> tuple[np.ndarray, np.ndarra
     )
     if problem.itself:
         squares[0, row] = np.inf
-    distances, indices = _sort(np.sqrt(squares), everyone, problem.k)
+    # Only what is as near as the k-th is sorted; in the order of the indices, so that ties keep it.
+    near = np.flatnonzero(squares[0] <= np.partition(squares[0], problem.k - 1)[problem.k - 1])
+    distances, indices = _sort(np.sqrt(squares[:, near]), near[None], problem.k)
     return distances[0], indices[0]

@@ -4,6 +4,7 @@ What is found is the same wherever it runs; how, is the business of three rooms:
 (accelerators, and points being traced) and `ring_search` (points spread over several devices).
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jaxscape.landscape.distances import as_points, unit_vectors
 from jaxscape.landscape.ring_search import Spread
 
 METRICS = ("euclidean", "cosine")
+_HASHED = 256  # features by which duplicates are suspected
 
 
 class Neighbors(NamedTuple):
@@ -40,8 +42,9 @@ def drop_duplicates(x) -> np.ndarray:
         raise ValueError(f"x must have two dimensions [points, features], got shape {rows.shape}")
     if rows.shape[0] == 0 or rows.shape[1] == 0:
         return np.arange(min(1, rows.shape[0]))
-    # Equal rows have equal hashes; only the few that share one are compared, byte by byte.
-    _, group, sizes = np.unique(_hashes(rows), return_inverse=True, return_counts=True)
+    # Rows that are equal have equal hashes of some of their features; only the few that share one are compared whole.
+    some = rows[:, :: math.ceil(rows.shape[1] / _HASHED)]
+    _, group, sizes = np.unique(_hashes(some), return_inverse=True, return_counts=True)
     suspects = np.flatnonzero(sizes[group] > 1)
     kept = np.ones(len(rows), bool)
     if len(suspects):
@@ -74,9 +77,13 @@ def nearest_neighbors(
     Tiled matrix products propose candidates; their distances are recomputed from the differences of the points, so
     near-duplicates and far-off origins cost no digits. A bound on the products' rounding error tells which rows might
     have lost a neighbour; these few are searched again. The result is exact to the rounding of one distance, with
-    all but certainty, and doesn't depend on the tiles. On CPUs, where k times D is so large that differences
-    would cost more than the products, distances come from the products (in float64 where float32 would lose digits).
-    Memory grows with N * k and a tile.
+    all but certainty, and doesn't depend on the tiles. On CPUs, where differences would cost more than the products,
+    distances come from float64 products, which is as exact; in the largest of these searches (N from 4,096 and D from
+    768 up, about) from float32 products, unless a sample shows that they are off by more than 5e-7 of a distance, or
+    that distances are equal: their last digit may depend on the tiles. Memory grows with N * k and a tile.
+
+    All coordinates share one scale: next to a point 1e19 times as far off as the others are apart, the squares of
+    these distances underflow in float32.
 
     Args:
         x: points [N, D]. float64 stays float64 (with x64 on); anything else is computed in float32.
@@ -84,7 +91,8 @@ def nearest_neighbors(
         metric: "euclidean", or "cosine": 1 - cos of the angle, found as half the squared distance of the points
             divided by their lengths, so that small angles keep their digits.
         queries: optional points [M, D] whose neighbours among `x` are asked for; none is left out of its own.
-        tile_size: rows whose candidates are sought at once; by default as many as keep a tile at 64 MiB.
+        tile_size: rows whose candidates are sought at once; by default as many as keep a tile at 64 MiB, or, on
+            CPUs, at 24 MiB.
         mesh: optional, devices to spread the points over: each holds a slice, and the slices travel in a ring.
 
     Returns:
@@ -93,7 +101,7 @@ def nearest_neighbors(
 
     Raises:
         ValueError: unknown metric, k < 1, fewer than k + 1 points (with `queries`, k), tile_size < 1, a point of length
-            zero where its direction is needed, different numbers of features, or a bad `x` (see `as_points`).
+            zero where its direction is needed, no query, different numbers of features, or a bad `x` (see `as_points`).
     """
     if metric not in METRICS:
         raise ValueError(f"metric must be one of {METRICS}, got {metric!r}")
@@ -112,7 +120,10 @@ def nearest_neighbors(
 
 def _gather(x, queries) -> tuple[Spread, Spread | None]:
     points = as_points(x)
-    asking = None if queries is None else as_points(queries, "queries").astype(points.dtype)
+    asking = None if queries is None else as_points(queries, "queries")
+    if asking is not None:
+        dtype = jnp.promote_types(points.dtype, asking.dtype)
+        points, asking = points.astype(dtype), asking.astype(dtype)
     return Spread(points, len(points)), None if asking is None else Spread(asking, len(asking))
 
 
@@ -122,6 +133,8 @@ def _spread(x, queries, mesh: Mesh) -> tuple[Spread, Spread | None]:
 
 def _check_sizes(points: Spread, asking: Spread | None, k: int) -> None:
     dim = points.rows.shape[1]
+    if asking is not None and asking.count == 0:
+        raise ValueError("queries must have at least one point, got 0")
     if asking is not None and asking.rows.shape[1] != dim:
         raise ValueError(f"queries must have the {dim} features of x, got {asking.rows.shape[1]}")
     least = k + (asking is None)
@@ -142,9 +155,9 @@ def _search(points: Spread, asking: Spread | None, k: int, tile_size: int | None
 
 
 def _on_host(*arrays) -> bool:
-    """Whether all arrays are there, not traced, on one CPU."""
+    """Whether all arrays are there, and what is computed of them, not traced, on one CPU."""
     there = [a for a in arrays if a is not None]
-    if any(isinstance(a, jax.core.Tracer) for a in there):
+    if any(isinstance(computed, jax.core.Tracer) for computed in (*there, jnp.negative(jnp.zeros(())))):
         return False
     devices = set().union(*(a.devices() for a in there))
     return len(devices) == 1 and devices.pop().platform == "cpu"
@@ -155,8 +168,16 @@ def directions(points, name: str, count: int | None = None) -> jax.Array:
 
     Rows past the first `count` are padding, and may be zeros.
     """
-    if not isinstance(points, jax.core.Tracer):
-        zero = ~np.asarray(jnp.any(points != 0, axis=1))[:count]
+    anything = jnp.any(points != 0, axis=1)
+    if not isinstance(anything, jax.core.Tracer):
+        zero = ~np.asarray(anything)[:count]
         if zero.any():
             raise ValueError(f"{name} must have no point of length zero for the cosine, got {name}[{zero.argmax()}]")
+        with jax.enable_x64(True):  # so that points of one direction end in the same floats
+            return _unit_vectors(points)
     return unit_vectors(points)
+
+
+@jax.jit
+def _unit_vectors(points):
+    return unit_vectors(points.astype(jnp.float64)).astype(points.dtype)

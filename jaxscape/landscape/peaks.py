@@ -66,7 +66,7 @@ def advanced_density_peaks(nb: Neighbors, density: Density, z: float, *, x=None)
     Args:
         nb: neighbours of N points.
         density: their density; `density.k` is the size of each neighbourhood.
-        z: significance, in standard errors; 0 merges nothing but peaks no higher than their saddle.
+        z: significance, in standard errors; 0 merges nothing but peaks lower than their saddle.
         x: optional, the points [N, D] that `nb` comes from, whose Euclidean distances it holds (of neighbours by
             cosine: the points divided by their lengths).
 

@@ -74,8 +74,9 @@ def search(x, queries, k: int, mesh: Mesh, tile_size: int | None = None):
     """
     points = x if isinstance(x, Spread) else spread(x, mesh)
     asking = queries if queries is None or isinstance(queries, Spread) else spread(queries, mesh, "queries")
-    rows, m = (None, points.count) if asking is None else (asking.rows.astype(points.rows.dtype), asking.count)
-    return _search(points.rows, rows, points.count, m, k, _ring(mesh), tile_size)
+    dtype = points.rows.dtype if asking is None else jnp.promote_types(points.rows.dtype, asking.rows.dtype)
+    rows, m = (None, points.count) if asking is None else (asking.rows.astype(dtype), asking.count)
+    return _search(points.rows.astype(dtype), rows, points.count, m, k, _ring(mesh), tile_size)
 
 
 @partial(jax.jit, static_argnames=("n", "m", "k", "ring", "tile_size"))

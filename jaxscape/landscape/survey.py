@@ -69,7 +69,8 @@ def survey(
         max_neighbors: neighbours to keep, at least; by default as many as the rest needs: max(2k, max_rank) for "knn",
             and 300 for the adaptive densities, whose neighbourhoods they bound. Fewer when there are too few points.
         metric: "euclidean", or "cosine": the points are divided by their lengths, and their distances are chords,
-            sqrt(2 (1 - cos)), of which, unlike 1 - cos, dimensions and volumes can be made.
+            sqrt(2 (1 - cos)), of which, unlike 1 - cos, dimensions and volumes can be made. Points of one
+            direction are duplicates then.
         tile_size: see `nearest_neighbors`.
 
     Returns:
@@ -108,6 +109,8 @@ def _survey(
     knn = density == "knn"
     points = as_points(x)
     n = points.shape[0]
+    if metric == "cosine":
+        points = directions(points, "x")
     kept = drop_duplicates(points)
     least = 2 * k + 1 if knn else 5
     if len(kept) < least:
@@ -115,8 +118,6 @@ def _survey(
         raise ValueError(f"x must have at least {need} distinct points, got {len(kept)} of {n} (k={k})")
     if len(kept) < n:
         points = points[kept]
-    if metric == "cosine":
-        points = directions(points, "x")
     wanted = max(max_rank, 2 * k if knn else 4, max_neighbors or (0 if knn else _ADAPTIVE_NEIGHBORS))
     nb = nearest_neighbors(points, min(wanted, len(kept) - 1), tile_size=tile_size)
     at_scale = gride_at(nb, k if knn else 2)

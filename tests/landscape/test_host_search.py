@@ -99,6 +99,16 @@ def test_ties_go_to_the_lower_index(plan):
         np.testing.assert_array_equal(indices, order)
 
 
+def test_discrete_points_are_not_left_to_float32_products():
+    """Where many distances are equal, their ties must be kept."""
+    x = np.random.default_rng(0).integers(0, 2, (900, 300)).astype(np.float32) * 2 - 1
+    for plan in PLANS:
+        distances, indices = host_search.search(jnp.asarray(x), None, 60, None, plan)
+        expected, order = plain(x, None, 60)
+        np.testing.assert_array_equal(distances, expected.astype(np.float32))
+        np.testing.assert_array_equal(indices, order)
+
+
 def test_products_and_differences_agree_to_the_last_digits():
     """Where the sample trusts float32 products, they are as good as differences; elsewhere float64 takes over."""
     for cloud in (normal(1500, 300), clustered(1500, 300, 3.0)):

@@ -216,6 +216,29 @@ def test_cosine_keeps_the_digits_of_small_angles():
         np.testing.assert_allclose(nb.distances[:, 0], 2 * np.sin([5e-5, 5e-5, 1e-4, (1 - 3e-4) / 2]) ** 2, rtol=1e-11)
 
 
+def test_arrays_that_a_jitted_function_closes_over():
+    x = jnp.asarray(normal(60, 4))
+    for metric in ("euclidean", "cosine"):
+        found = jax.jit(lambda asking, metric=metric: landscape.nearest_neighbors(x, 3, metric, queries=asking))(x[:9])
+        np.testing.assert_array_equal(found.indices[:, 0], np.arange(9))
+
+
+def test_the_wider_type_counts():
+    with jax.enable_x64(True):
+        x = np.asarray([[1e4], [2e4]], np.float32)
+        nb = landscape.nearest_neighbors(x, 1, queries=np.asarray([[1e4 + 1e-5]]))
+        np.testing.assert_allclose(nb.distances, [[1e-5]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_float64_scales(scale):
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).normal(size=(80, 4))
+        found, expected = landscape.nearest_neighbors(x * scale, 5), landscape.nearest_neighbors(x, 5)
+        np.testing.assert_array_equal(found.indices, expected.indices)
+        np.testing.assert_allclose(found.distances / scale, expected.distances, rtol=1e-13)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.lists(st.tuples(*[st.integers(-3, 3)] * 2), min_size=24, max_size=24),
@@ -244,6 +267,7 @@ def test_a_tile_is_all_that_is_held():
         (normal(5, 2), 2, {"metric": "taxicab"}, "metric.*taxicab"),
         (normal(5, 2), 2, {"tile_size": 0}, "tile_size=0"),
         (normal(5, 2), 6, {"queries": normal(3, 2)}, "at least k = 6 points, got 5"),
+        (normal(5, 2), 2, {"queries": np.zeros((0, 2))}, "queries must have at least one point"),
         (normal(5, 2), 2, {"queries": normal(3, 4)}, "the 2 features of x, got 4"),
         (normal(5, 2), 2, {"queries": np.full((3, 2), np.inf)}, r"queries\[0, 0\] = inf"),
         (normal(5, 2) * [[1], [0], [1], [1], [1]], 2, {"metric": "cosine"}, r"length zero.*x\[1\]"),
@@ -264,6 +288,9 @@ def test_drop_duplicates():
     np.testing.assert_array_equal(landscape.drop_duplicates(x), [0, 1, 4])
     np.testing.assert_array_equal(landscape.drop_duplicates(jnp.ones((7, 3), jnp.bfloat16)), [0])
     np.testing.assert_array_equal(landscape.drop_duplicates(normal(500, 20)), np.arange(500))
+    wide = np.zeros((4, 3000), np.float64)
+    wide[1, 7] = wide[3, 7] = 1e-300  # equal in float32, and in most features
+    np.testing.assert_array_equal(landscape.drop_duplicates(wide), [0, 1])
     with pytest.raises(ValueError, match=r"two dimensions.*\(6,\)"):
         landscape.drop_duplicates(x[:, 0])
 

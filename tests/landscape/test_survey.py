@@ -89,6 +89,14 @@ def test_adaptive_densities(name):
     jax.tree.map(np.testing.assert_array_equal, found.peaks, peaks)
 
 
+def test_points_of_one_direction_count_once():
+    x = blobs(200)
+    whole = np.rint(8 * x)  # so that three times a point is exactly that
+    found = landscape.survey(np.concatenate([whole, 2 * whole[:50], 3 * whole[:50]]), k=8, metric="cosine")
+    assert (found.n_points, found.n_duplicates) == (300, 100)
+    np.testing.assert_array_equal(found.kept, np.arange(200))
+
+
 def test_cosine_is_a_landscape_of_directions():
     x = blobs(250)
     lengths = np.exp2(np.random.default_rng(0).integers(-3, 4, (250, 1))).astype(np.float32)
