@@ -49,7 +49,8 @@ def label_overlap(
         Scalar of the default float type, between 0 and 1. Traceable by jit, when the labels are integers.
 
     Raises:
-        ValueError: both k and class_fraction; k or class_fraction out of range; sizes that differ.
+        ValueError: both k and class_fraction; k or class_fraction out of range; sizes that differ; indices that are
+            no points, 0 to N - 1 (not checked while they are traced).
     """
     codes = as_labels(labels, "labels")
     shared = label_agreement(indices, codes, k, class_fraction=class_fraction)
@@ -74,7 +75,8 @@ def label_agreement(indices, labels, k: int | None = None, *, class_fraction: fl
         class needs more than the K neighbours kept are NaN then, as traced labels can't be checked.
 
     Raises:
-        ValueError: both k and class_fraction; k or class_fraction out of range; sizes that differ.
+        ValueError: both k and class_fraction; k or class_fraction out of range; sizes that differ; indices that are
+            no points, 0 to N - 1 (not checked while they are traced).
     """
     indices = jnp.asarray(indices)
     if indices.ndim != 2:
@@ -83,6 +85,7 @@ def label_agreement(indices, labels, k: int | None = None, *, class_fraction: fl
     n, kept = indices.shape
     if codes.shape[0] != n:
         raise ValueError(f"labels must have one label for each of the {n} points, got {codes.shape[0]}")
+    _check_points(indices, "indices")
     if k is not None and class_fraction is not None:
         raise ValueError(f"give k or class_fraction, not both: got k={k}, class_fraction={class_fraction}")
     if class_fraction is None:
@@ -136,7 +139,8 @@ def neighbor_agreement(indices_a, indices_b, k: int) -> jax.Array:
         [N] of the default float type, between 0 and 1: the terms that `neighbor_overlap` averages.
 
     Raises:
-        ValueError: k < 1 or larger than the neighbours kept; different numbers of points.
+        ValueError: k < 1 or larger than the neighbours kept; different numbers of points; indices that are no points,
+            0 to N - 1 (not checked while they are traced).
     """
     a, b = jnp.asarray(indices_a), jnp.asarray(indices_b)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[0]:
@@ -146,6 +150,8 @@ def neighbor_agreement(indices_a, indices_b, k: int) -> jax.Array:
     kept = min(a.shape[1], b.shape[1])
     if not 1 <= k <= kept:
         raise ValueError(f"k must lie between 1 and the {kept} neighbours kept, got k={k}")
+    _check_points(a, "indices_a")
+    _check_points(b, "indices_b")
     return _neighbor_agreement(a[:, :k], b[:, :k])
 
 
@@ -233,6 +239,17 @@ def conditional_ranks(indices_a, x_b, k: int = 1, *, tile_size: int | None = Non
     n = x.shape[0]
     rows = min(n, _TILE_ROWS, max(1, _TILE_ELEMENTS // n)) if tile_size is None else min(n, tile_size)
     return _conditional_ranks(indices, x, math.ceil(n / math.ceil(n / rows)))
+
+
+def _check_points(indices, name: str) -> None:
+    """Raise ValueError if `indices` [N, K] are not all of the N points: gathering would clip or wrap them."""
+    if isinstance(indices, jax.core.Tracer):
+        return
+    host, n = np.asarray(indices), indices.shape[0]
+    wrong = (host < 0) | (host >= n)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(f"{name} must lie between 0 and {n - 1}, got {name}[{row}, {column}] = {host[row, column]}")
 
 
 def _check_ranked(indices, x):

@@ -103,7 +103,9 @@ def adjusted_mutual_information(a, b, average: str = "arithmetic") -> jax.Array:
 
     Returns:
         Scalar of the default float type, at most 1; negative when the partitions agree less than by chance. One
-        when both are one cluster, zero when only one of them is.
+        when both are one cluster, zero when only one of them is. With average="min", one by convention when all
+        clusters of either partition are single points: no dealing of the points changes the information then, and the
+        score is 0 / 0.
 
     Raises:
         ValueError: labels that aren't one-dimensional, or of different lengths; an unknown average.
@@ -139,16 +141,16 @@ def v_measure(classes, clusters, beta: float = 1.0) -> jax.Array:
     Args:
         classes: known labels [N].
         clusters: labels [N] found.
-        beta: at least 0; above 1, completeness weighs more than homogeneity.
+        beta: at least 0 and finite; above 1, completeness weighs more than homogeneity.
 
     Returns:
         Scalar of the default float type, between 0 and 1.
 
     Raises:
-        ValueError: labels that aren't one-dimensional, or of different lengths; beta < 0.
+        ValueError: labels that aren't one-dimensional, or of different lengths; beta < 0 or not finite.
     """
-    if not isinstance(beta, jax.core.Tracer) and not beta >= 0:
-        raise ValueError(f"beta must be at least 0, got beta={beta}")
+    if not isinstance(beta, jax.core.Tracer) and not 0 <= float(beta) < math.inf:
+        raise ValueError(f"beta must be at least 0 and finite, got beta={beta}")
     h, c = _homogeneity_completeness(*_as_pair(classes, clusters))
     below = beta * h + c
     return jnp.where(below == 0, 0, (1 + beta) * h * c / jnp.where(below == 0, 1, below))

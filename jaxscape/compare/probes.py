@@ -62,9 +62,14 @@ def linear_probe(
     scikit-learn's LogisticRegression(C=1/l2). As there, two classes have one weight vector between them.
 
     Features are centred, and with `standardize` scaled to unit variance, by the training points of each fold; a feature
-    constant over them is left out. Minimised by L-BFGS (D. C. Liu, J. Nocedal, Math. Program. 45, 503 (1989)) to the
-    single optimum of this convex function; see `_minimize`. With more than twice as many features as points, it is
-    first rewritten, exactly, in the span of the points, where the optimum lies.
+    whose values there are all equal is left out. Neither an offset nor the scale costs digits that the features have:
+    `standardize` takes any scale of floats. Without it the scale counts, as the penalty doesn't follow it: features
+    that hardly differ beside 1 leave the intercepts only, and those that differ by 2^48 or more (float32; 2^384 in
+    float64) would lose the penalty to underflow and are refused.
+
+    Minimised by L-BFGS (D. C. Liu, J. Nocedal, Math. Program. 45, 503 (1989)) to the single optimum of this convex
+    function; see `_minimize`. With more than twice as many features as points, it is first rewritten, exactly, in the
+    span of the points, where the optimum lies.
 
     Layers are taken in turn and folds together. All folds share one copy of the layer's points, so that beside x memory
     grows with N D + F (2 memory D C + N C); in the span of the points, with F (D N + N^2) instead of N D.
@@ -88,8 +93,10 @@ def linear_probe(
 
     Raises:
         ValueError: x that isn't [L, N, D] or [N, D], has no layers or features, or isn't finite (not checked while it
-            is traced); labels of another length than N or of fewer than two classes; folds < 2 or more than points;
-            l2 or tolerance not positive and finite; max_iter < 1 or layers_at_once < 1.
+            is traced); without `standardize`, features that differ between points by 2^48 or more (2^384 in float64;
+            not checked while x is traced, and hardly penalised there); labels of another length than N or of fewer
+            than two classes; folds < 2 or more than points; l2 or tolerance not positive and finite; max_iter < 1 or
+            layers_at_once < 1.
     """
     layers = _as_layers(x)
     codes = _codes(labels)
@@ -98,6 +105,8 @@ def linear_probe(
     classes = int(codes.max()) + 1
     if classes < 2:
         raise ValueError(f"labels must have at least 2 classes, got {classes}: {np.asarray(labels).ravel()[0]!r}")
+    if not standardize:
+        _check_differences(layers)
     fold_of = stratified_folds(labels, folds, seed)
     tolerance = (2e-7 if layers.dtype == jnp.float32 else 1e-11) if tolerance is None else tolerance
     for name, value in {"l2": l2, "tolerance": tolerance}.items():
@@ -156,7 +165,8 @@ def _as_layers(x) -> jax.Array:
         raise ValueError(f"x must be real, got dtype {layers.dtype}")
     if layers.dtype not in (jnp.float32, jnp.float64):
         layers = layers.astype(jnp.float32)
-    if not isinstance(layers, jax.core.Tracer) and not bool(_all_finite(layers)):
+    finite = _all_finite(layers)  # traced also where a concrete x is met while something else is traced
+    if not isinstance(finite, jax.core.Tracer) and not bool(finite):
         where = tuple(np.argwhere(~np.isfinite(np.asarray(layers)))[0].tolist())
         raise ValueError(f"x must be finite, got x[{', '.join(map(str, where))}] = {layers[where]}")
     return layers if layers.ndim == 3 else layers[None]
@@ -165,6 +175,20 @@ def _as_layers(x) -> jax.Array:
 @jax.jit
 def _all_finite(x):
     return jnp.all(jnp.isfinite(x))
+
+
+def _check_differences(layers) -> None:
+    limit = 2.0 ** (3 * jnp.finfo(layers.dtype).maxexp // 8)
+    largest = _largest_difference(layers)
+    if not isinstance(largest, jax.core.Tracer) and not float(largest) < limit:
+        raise ValueError(
+            f"x must differ between points by less than {limit:.3g} with standardize=False, got {float(largest):.3g}"
+        )
+
+
+@jax.jit
+def _largest_difference(layers):
+    return jnp.max(jnp.abs(layers - jax.vmap(_some_value)(layers)[:, None]))
 
 
 @partial(jax.jit, static_argnames=("classes", "folds", "standardize", "layers_at_once"))
@@ -177,7 +201,8 @@ def _probe_layers(
 
     def probe(x):
         design = _design(x, task.train, standardize)
-        params, iterations, converged = _minimize(design, task, jnp.asarray(tolerance, dtype), max_iter)
+        scaled = task._replace(l2=task.l2 / design.unit**2)
+        params, iterations, converged = _minimize(design, scaled, jnp.asarray(tolerance, dtype), max_iter)
         logits = _logits(design, params) + task.absent[:, None]
         own = jnp.take_along_axis(logits, fold_of[None, :, None], axis=0)[0]  # [N, C]
         log_probabilities = jax.nn.log_softmax(own)
@@ -213,43 +238,78 @@ def _task(codes, train, l2, classes: int, dtype) -> _Task:
 
 class _Design(NamedTuple):
     """Features of each fold, not formed: (points - center) / scale; points [N, D], or [F, N, D] if folds have their
-    own; center, scale: [F, D]. constant: [F] the feature that multiplies the intercept."""
+    own; center, scale: [F, D]. constant: [F] the feature that multiplies the intercept. unit: scalar, what one is in x,
+    if features keep their scale: the weights are as many times larger than the user's."""
 
     points: jax.Array
     center: jax.Array
     scale: jax.Array
     constant: jax.Array
+    unit: jax.Array
 
 
 def _design(x, train, standardize: bool) -> _Design:
     """Return the features of `x` [N, D], in the span of the points where that has far fewer dimensions."""
     n, dimension = x.shape
-    eps = jnp.finfo(x.dtype).eps
-    # Over all points first: nothing but rounding depends on it, as each fold's own moments then undo it.
-    mean = jnp.mean(x, axis=0)
-    spread = jnp.std(x, axis=0)
-    x = jnp.where(spread > 10 * eps * jnp.abs(mean), (x - mean) / (_nonzero(spread) if standardize else 1), 0)
-    size = jnp.sum(train, axis=1, keepdims=True)
-    center = _matmul("fn,nd->fd", train, x) / size
-    scale = jnp.ones_like(center)
-    variance = jnp.maximum(_matmul("fn,nd->fd", train, x * x) / size - center**2, 0)
+    unit = jnp.ones((), x.dtype)
+    # Over all points first: nothing but rounding depends on it, as each fold's own moments then undo it. Differences
+    # of near floats are exact, and a power of two changes no digit.
     if standardize:
-        scale = jnp.sqrt(variance)
-        # Infinite where all training points agree: that feature is left out.
-        scale = jnp.where(scale > jnp.sqrt(10 * eps) * jnp.abs(center), scale, jnp.inf)
+        x = x / _power_of_two(jnp.max(jnp.abs(x), axis=0))
+        x = x - _some_value(x)
+        x = x / _power_of_two(jnp.max(jnp.abs(x), axis=0))
+    else:
+        x = x - _some_value(x)
+        # Not below 1: weights of tiny features would be bound by a huge penalty, next to intercepts with none.
+        unit = jnp.maximum(_power_of_two(jnp.max(jnp.abs(x))), 1)
+        x = x / unit
+    center, deviation, varies = _moments(x, train)
+    # Infinite where all training points agree: that feature is left out.
+    scale = jnp.where(varies, deviation if standardize else 1, jnp.inf)
     # The intercept's feature is as large as a few percent of the others together: that of 1, next to hundreds, leaves
     # the problem ill-conditioned and takes up to five times the iterations. The optimum is the same: no penalty on it.
-    constant = _INTERCEPT_SHARE * jnp.sqrt(jnp.sum(variance / scale**2, axis=1))
+    constant = _INTERCEPT_SHARE * jnp.sqrt(jnp.sum((deviation / scale) ** 2, axis=1))
     constant = jnp.where(constant > 0, constant, 1)
     if dimension < 2 * n:
-        return _Design(x, center, scale, constant)
+        return _Design(x, center, scale, constant, unit)
 
     def coordinates(moments):
         # Z^T = Q R, so row i of R^T has z_i's coordinates in the orthonormal basis Q of the span, and |W| is the same.
         return jnp.linalg.qr(((x - moments[0]) / moments[1]).T, mode="r").T
 
     points = lax.map(coordinates, (center, scale))
-    return _Design(points, jnp.zeros(points.shape[::2], x.dtype), jnp.ones(points.shape[::2], x.dtype), constant)
+    return _Design(points, jnp.zeros(points.shape[::2], x.dtype), jnp.ones(points.shape[::2], x.dtype), constant, unit)
+
+
+def _moments(x, train):
+    """Return the mean, the standard deviation and whether it varies of each feature, [F, D], over training points."""
+    size = jnp.sum(train, axis=1)
+    center = _matmul("fn,nd->fd", train, x) / size[:, None]
+
+    def around(fold):
+        inside, center, size = fold
+        inside = inside[:, None] > 0
+        low = jnp.min(jnp.where(inside, x, jnp.inf), axis=0)
+        high = jnp.max(jnp.where(inside, x, -jnp.inf), axis=0)
+        # In units of the largest difference: next to an outlier that is held out, the squares of others may underflow.
+        peak = _nonzero(jnp.maximum(high - center, center - low))
+        squares = jnp.where(inside, ((x - center) / peak) ** 2, 0)
+        deviation = peak * jnp.sqrt(jnp.sum(squares, axis=0) / size)
+        return deviation, (high > low) & (deviation > 0)
+
+    return center, *lax.map(around, (train, center, size))  # fold by fold: F copies of the points would be many
+
+
+def _some_value(x):
+    """Return of each feature of `x` [N, D] a value it has, [D], which isn't that of a lone outlier: the middle one of
+    three points'."""
+    return jnp.sort(x[np.array([0, len(x) // 2, len(x) - 1])], axis=0)[1]
+
+
+def _power_of_two(sizes):
+    """Return powers of two by which to divide, such that `sizes` become about one, or at least have squares."""
+    most = jnp.finfo(sizes.dtype).maxexp - 28
+    return jnp.ldexp(jnp.ones_like(sizes), jnp.clip(jnp.frexp(sizes)[1], -most, most))
 
 
 def _nonzero(values):

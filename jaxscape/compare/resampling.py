@@ -60,7 +60,7 @@ class Null(NamedTuple):
 
     estimate: [S] score of the labels as they are.
     samples: [R, S] scores of the permuted labels.
-    p_value: [S] (1 + permutations as extreme) / (1 + R).
+    p_value: [S] (1 + permutations as extreme) / (1 + R); NaN where the estimate or any of the samples is.
     z_score: [S] distance of the estimate from the null's mean in its standard deviations; NaN where that is zero.
     mean, std: [S] of the samples.
     """
@@ -225,6 +225,9 @@ def _permute(key, labels, fixed, score, n_permutations: int, batch: int):
     margin = 16 * jnp.finfo(samples.dtype).eps * jnp.maximum(jnp.abs(estimate), std)
     above = (1 + jnp.sum(samples >= estimate - margin, axis=0)) / (1 + n_permutations)
     below = (1 + jnp.sum(samples <= estimate + margin, axis=0)) / (1 + n_permutations)
+    # NaN is as extreme as nothing, which would look like the strongest evidence.
+    unknown = jnp.isnan(estimate) | jnp.any(jnp.isnan(samples), axis=0)
+    above, below = jnp.where(unknown, jnp.nan, above), jnp.where(unknown, jnp.nan, below)
     z_score = jnp.where(std > 0, (estimate - mean) / jnp.where(std > 0, std, 1), jnp.nan)
     return estimate, samples, above, below, z_score, mean, std
 

@@ -166,13 +166,16 @@ def _check_options(level, min_size) -> None:
 class _Fits(NamedTuple):
     """Every step of a curve, of which only the n finite values count, moved to the front by `order` [L].
 
-    values: [L], less their mean, and 0 past n. total: sum of their squares. Of m = 1 ... L - 1 values before the turn:
-    sizes, allowed, before, after, residual: [L - 1] m, whether n values leave min_size on either side, the means of
-    `values`, and the sum of squared residuals, infinite where not allowed. best: the index of the least.
+    unit: the power of two that values and all below are in, so that squares neither overflow nor vanish.
+    mean: of the values. values: [L], less their mean, and 0 past n. total: sum of their squares. Of m = 1 ... L - 1
+    values before the turn: sizes, allowed, before, after, residual: [L - 1] m, whether n values leave min_size on
+    either side, the means of `values`, and the sum of squared residuals, infinite where not allowed. best: the index
+    of the least.
     """
 
     order: jax.Array
     count: jax.Array
+    unit: jax.Array
     mean: jax.Array
     values: jax.Array
     total: jax.Array
@@ -190,7 +193,8 @@ def _fit(curve, min_size: int) -> _Fits:
     count = jnp.sum(finite)
     filled = jnp.arange(curve.shape[0]) < count
     n = jnp.maximum(count, 1).astype(curve.dtype)
-    values = jnp.where(filled, curve[order], 0)
+    unit = _unit(curve)
+    values = jnp.where(filled, curve[order] / unit, 0)
     mean = jnp.sum(values) / n
     # Differences that are all rounding are none: a constant curve must not turn.
     noise = 4 * jnp.finfo(curve.dtype).eps * jnp.max(jnp.abs(values))
@@ -208,7 +212,14 @@ def _fit(curve, min_size: int) -> _Fits:
     total = jnp.sum(values**2)
     # The first of those equal to within rounding.
     best = jnp.argmax(residual <= jnp.min(residual) + 16 * jnp.finfo(curve.dtype).eps * total)
-    return _Fits(order, count, mean, values, total, sizes, allowed, before, after, residual, best)
+    return _Fits(order, count, unit, mean, values, total, sizes, allowed, before, after, residual, best)
+
+
+def _unit(curves):
+    """Return the power of two near the largest finite value: dividing by it changes no digit."""
+    exponent = jnp.frexp(jnp.max(jnp.where(jnp.isfinite(curves), jnp.abs(curves), 0)))[1]
+    most = jnp.finfo(curves.dtype).maxexp - 28
+    return jnp.ldexp(jnp.ones((), curves.dtype), jnp.clip(exponent, -most, most))
 
 
 @partial(jax.jit, static_argnames=("min_size", "permutations"))
@@ -227,10 +238,10 @@ def _change_point(curve, positions, level, seed, min_size: int, permutations: in
         layer=positions[at[fits.best]],
         low=positions[at[low]],
         high=positions[at[high]],
-        effect=after - before,
-        effect_error=error,
-        before=before + fits.mean,
-        after=after + fits.mean,
+        effect=(after - before) * fits.unit,
+        effect_error=error * fits.unit,
+        before=(before + fits.mean) * fits.unit,
+        after=(after + fits.mean) * fits.unit,
         explained=explained,
         posterior=jnp.zeros_like(curve).at[at].set(chances),
         p_value=_permutation_p_value(fits, seed, permutations),
@@ -281,14 +292,15 @@ def _change_point_samples(samples, positions, level, min_size: int) -> ChangePoi
         fits = _fit(curve, min_size)
         where = fits.order[1:][fits.best]
         valid = jnp.any(fits.allowed)
-        return where, jnp.where(valid, fits.after[fits.best] - fits.before[fits.best], jnp.nan)
+        return where, jnp.where(valid, (fits.after[fits.best] - fits.before[fits.best]) * fits.unit, jnp.nan)
 
     where, effects = jax.vmap(turn)(samples)
+    unit = _unit(samples)  # their sum could overflow
     valid = jnp.isfinite(effects)
     layers = jnp.where(valid, positions[where], jnp.nan)
     tail = (1 - jnp.asarray(level, samples.dtype)) / 2
     counts = jnp.zeros(samples.shape[1], samples.dtype).at[where].add(valid)
-    mean_at, mean_effect = turn(jnp.nanmean(samples, axis=0))
+    mean_at, mean_effect = turn(jnp.nanmean(samples / unit, axis=0) * unit)
 
     def ends(values):
         low = jnp.nanquantile(values, tail, method="lower")

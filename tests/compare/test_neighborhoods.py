@@ -190,6 +190,22 @@ def test_label_overlap_refuses(labels, options, message):
         compare.label_overlap(INDICES, labels, **options)
 
 
+@pytest.mark.parametrize("wrong", [99, 4, -1])
+def test_refuses_neighbors_that_are_no_points(wrong):
+    indices = np.array([[1, 2], [2, 3], [3, wrong], [0, 1]])
+    fine = np.where(indices == wrong, 0, indices)
+    labels = np.array([0, 0, 1, 1])
+    for score in (compare.label_overlap, neighborhoods.label_agreement):
+        for options in ({"k": 1}, {"class_fraction": 0.5}):
+            with pytest.raises(ValueError, match=rf"indices must .* 0 and 3, got indices\[2, 1\] = {wrong}"):
+                score(indices, labels, **options)
+    for score in (compare.neighbor_overlap, neighborhoods.neighbor_agreement):
+        with pytest.raises(ValueError, match=rf"got indices_a\[2, 1\] = {wrong}"):
+            score(indices, fine, 2)
+        with pytest.raises(ValueError, match=rf"got indices_b\[2, 1\] = {wrong}"):
+            score(fine, indices, 2)
+
+
 def test_other_refusals():
     with pytest.raises(ValueError, match=r"indices must have two dimensions.*\(90,\)"):
         compare.label_overlap(INDICES[:, 0], LABELS, 1)

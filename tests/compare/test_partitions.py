@@ -178,6 +178,13 @@ def test_any_kind_of_label_and_jit():
     assert jax.jit(compare.adjusted_rand_index)(*codes) == pytest.approx(expected, abs=1e-6)
 
 
+def test_adjusted_for_chance_by_the_smaller_entropy_is_one_for_single_points():
+    single, other = np.arange(12), np.arange(12) % 3
+    assert partitions.adjusted_mutual_information(single, other, "min") == 1
+    assert partitions.adjusted_mutual_information(other, single, "min") == 1
+    assert partitions.adjusted_mutual_information(single, other, "max") == pytest.approx(0, abs=1e-6)
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="same length, got 2 and 3"):
         compare.adjusted_rand_index([0, 1], [0, 1, 2])
@@ -189,8 +196,11 @@ def test_refuses():
         partitions.v_measure([0, 1], [0, 1, 2])
     with pytest.raises(ValueError, match="clusters and classes must have the same length, got 3 and 2"):
         partitions.cluster_composition([0, 1, 2], [0, 1])
-    with pytest.raises(ValueError, match="beta must be at least 0, got beta=-1"):
+    with pytest.raises(ValueError, match="beta must be at least 0 and finite, got beta=-1"):
         partitions.v_measure([0, 1], [0, 1], beta=-1)
+    for beta in (math.inf, math.nan):
+        with pytest.raises(ValueError, match=f"got beta={beta}"):
+            partitions.v_measure([0, 1], [0, 1], beta=beta)
     for score in (partitions.adjusted_mutual_information, partitions.normalized_mutual_information):
         with pytest.raises(ValueError, match="average must be one of .* got 'mean'"):
             score([0, 1], [0, 1], average="mean")

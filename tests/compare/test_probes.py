@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -128,6 +129,67 @@ def test_constant_features_and_offsets_change_nothing():
     for point, fold in ((0, nothing.folds[0]), (50, nothing.folds[50])):
         shares = np.bincount(labels[nothing.folds != fold]) / np.sum(np.asarray(nothing.folds) != fold)
         np.testing.assert_allclose(np.exp(nothing.log_probabilities[0, point]), shares, atol=1e-4)
+
+
+def pale_cloud():
+    """Two classes told apart by differences a millionth of the offset; exact in float32, as the tests see them."""
+    draw, labels = np.random.default_rng(0), np.arange(120) % 2
+    x = 1e4 + 1e-2 * (draw.normal(size=(120, 12)) + 0.4 * (2 * labels - 1)[:, None])
+    return x.astype(np.float32), labels
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_small_differences_far_from_zero(standardize):
+    x, labels = pale_cloud()
+    l2 = 1.0 if standardize else 1e-4
+    found = linear_probe(x, labels, standardize=standardize, l2=l2)
+    expected = reference(x.astype(float), labels, found.folds, l2, standardize)
+    assert np.mean(expected.argmax(axis=1) == labels) > 0.8
+    np.testing.assert_allclose(np.exp(found.log_probabilities), expected, atol=2e-3)
+
+
+def test_scale_changes_nothing_with_standardize():
+    x, labels = cloud(1, 120, 12, 4)
+    x = x[0].astype(np.float32)
+    plain = linear_probe(x, labels)
+    features = np.where(np.arange(12) % 2, 1e30, 1e-30)
+    for scale in (1e30, 1e-30, features):
+        found = linear_probe((x * scale).astype(np.float32), labels)
+        np.testing.assert_allclose(np.exp(found.log_probabilities), np.exp(plain.log_probabilities), atol=1e-3)
+    assert plain.accuracy > 0.6
+
+
+def test_scale_without_standardize_is_that_of_the_penalty():
+    """Features 2^20 times as large have weights 2^-20 times as large, whose squares the penalty weighs 2^-40 times."""
+    x, labels = cloud(1, 120, 12, 4)
+    x = x[0].astype(np.float32)
+    plain = linear_probe(x, labels, standardize=False)
+    found = linear_probe(x * 2**20, labels, standardize=False, l2=2.0**40)
+    np.testing.assert_allclose(np.exp(found.log_probabilities), np.exp(plain.log_probabilities), atol=1e-3)
+    tiny = linear_probe(x * np.float32(1e-30), labels, standardize=False)  # intercepts only
+    shares = np.bincount(labels[tiny.folds != tiny.folds[0]]) / np.sum(np.asarray(tiny.folds) != tiny.folds[0])
+    np.testing.assert_allclose(np.exp(tiny.log_probabilities[0]), shares, atol=1e-3)
+    with pytest.raises(ValueError, match=r"less than 2.81e\+14 with standardize=False, got .*e\+31"):
+        linear_probe(x * np.float32(1e30), labels, standardize=False)
+
+
+def test_outlier_held_out_leaves_the_others_their_scale():
+    """Folds that don't train on the outlier see the feature as it is; those that do see little else."""
+    x, labels = cloud(1, 120, 12, 2)
+    x = x[0].astype(np.float32)
+    x[0] = 1e10
+    found = linear_probe(x, labels)
+    expected = reference(x.astype(float), labels, found.folds, 1.0)
+    mates = (found.folds == found.folds[0]) & (np.arange(120) > 0)
+    np.testing.assert_allclose(np.exp(found.log_probabilities[mates]), expected[mates], atol=2e-3)
+
+
+@pytest.mark.parametrize("standardize", [True, False])
+def test_concrete_points_inside_another_functions_jit(standardize):
+    x, labels = pale_cloud()
+    x = jnp.asarray(x)
+    found = jax.jit(lambda z: linear_probe(x, labels, standardize=standardize).accuracy + z)(1.0)
+    assert found == pytest.approx(1 + float(linear_probe(x, labels, standardize=standardize).accuracy), abs=0.02)
 
 
 def test_jit_one_layer_names_and_layers_at_once():

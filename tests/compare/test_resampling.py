@@ -192,6 +192,21 @@ def test_a_null_without_spread_has_no_z_score():
     assert found.p_value == 1 and found.std == 0 and np.isnan(found.z_score)
 
 
+def unknown_at_times(labels, values):
+    """NaN for a third of the permutations in the first entry, always in the second, never in the last."""
+    score = jnp.mean(jnp.where(labels == 0, values, 0))
+    return jnp.stack([jnp.where(labels[0] == 0, jnp.nan, score), jnp.nan * score, score])
+
+
+@pytest.mark.parametrize("alternative", ["greater", "less", "two-sided"])
+def test_no_p_value_of_nan(alternative):
+    labels = np.arange(N) % 3
+    labels[0] = 1
+    found = permutation_test(unknown_at_times, labels, VALUES, n_permutations=99, alternative=alternative)
+    assert np.isfinite(found.estimate[0]) and np.any(np.isfinite(found.samples[:, 0]))
+    np.testing.assert_array_equal(np.isnan(found.p_value), [True, True, False])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

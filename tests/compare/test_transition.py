@@ -119,6 +119,21 @@ def test_far_from_zero_and_scaled():
         assert float(found.effect) == pytest.approx(float(expected.effect) * scale, rel=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e30, 1e-30, 1e38])
+def test_scales_whose_squares_floats_do_not_hold(scale):
+    curve = np.array([1.0] * 3 + [2.0] * 2 + [2.25], np.float32)
+    expected, found = change_point(curve), change_point(curve * np.float32(scale))
+    for name in ("effect", "effect_error", "before", "after"):
+        assert float(getattr(found, name)) == pytest.approx(float(getattr(expected, name)) * scale, rel=1e-5)
+    for name in ("layer", "low", "high", "explained", "p_value"):
+        assert float(getattr(found, name)) == pytest.approx(float(getattr(expected, name)), rel=1e-5)
+    np.testing.assert_allclose(found.posterior, expected.posterior, rtol=1e-4, atol=1e-6)
+    samples = change_point_samples(np.stack([curve * np.float32(scale)] * 4))
+    assert samples.layer == 3 and np.all(samples.layers == 3)
+    means = np.array([samples.effect, *samples.effects, samples.effect_low, samples.effect_high], float)
+    assert means == pytest.approx(float(expected.effect) * scale, rel=1e-5)
+
+
 def test_left_out_layers_are_as_if_never_there():
     curve = noisy_step(12, 1.0, 0.5, 6)
     holes = np.isin(np.arange(L), [0, 11, 12, 20])
