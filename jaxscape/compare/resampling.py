@@ -87,9 +87,12 @@ def bootstrap(
     N points are drawn with replacement, the same ones from every array, and scored again: B. Efron, R. Tibshirani, "An
     Introduction to the Bootstrap" (1993), chapters 6 and 13.
 
-    Meant for means of per-point terms. A point drawn twice agrees with itself, so that every score of partitions, even
-    adjusted ones, comes out higher in the resamples than on the points, often by more than its error: take
-    `half_sampling` for these.
+    Meant for means of per-point terms. Not for `label_overlap` itself: its indices would point into other labels once
+    these are resampled. Of its terms the interval is right: `bootstrap(jnp.mean, label_agreement(indices, labels))`,
+    and, every class weighing the same, `bootstrap(mean_over_classes, label_agreement(...), labels)`.
+
+    A point drawn twice agrees with itself, so that every score of partitions, even adjusted ones, comes out higher
+    in the resamples than on the points, often by more than its error: take `half_sampling` for these.
 
     Args:
         score: traceable function of the arrays; static.

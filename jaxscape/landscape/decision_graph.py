@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxscape.landscape.density import Density
 from jaxscape.landscape.distances import as_points, squared_distances, unit_scale
-from jaxscape.landscape.neighbors import Neighbors
+from jaxscape.landscape.neighbors import Neighbors, as_neighbors
 from jaxscape.landscape.peaks import Peaks, follow, nearest_among
 from jaxscape.landscape.topography import first_true, take
 
@@ -51,7 +51,7 @@ def decision_graph(nb: Neighbors, density: Density, *, x=None) -> DecisionGraph:
     Raises:
         ValueError: sizes that differ; a density that isn't finite; points without a denser neighbour, and no `x`.
     """
-    n = nb.indices.shape[0]
+    n = as_neighbors(nb, of_all_points=True).indices.shape[0]
     if density.log_density.shape != (n,):
         raise ValueError(f"density must be of the {n} points of nb, got shape {density.log_density.shape}")
     points = None if x is None else as_points(x)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import gammaln
 
-from jaxscape.landscape.neighbors import Neighbors
+from jaxscape.landscape.neighbors import Neighbors, as_neighbors
 
 _RANKS = 32  # shells handled at once
 _NEWTON_STEPS = 100
@@ -52,7 +52,7 @@ def knn_density(nb: Neighbors, intrinsic_dim, k: int) -> Density:
     Raises:
         ValueError: k < 1, k larger than the neighbours kept, or a dimension that isn't positive and finite.
     """
-    kept = nb.distances.shape[1]
+    kept = as_neighbors(nb).distances.shape[1]
     if not 1 <= k <= kept:
         raise ValueError(f"k must lie between 1 and the {kept} neighbours kept, got k={k}")
     _check_dimension(intrinsic_dim)
@@ -124,6 +124,8 @@ def log_unit_ball_volume(dimension):
 
 
 def _check_dimension(intrinsic_dim) -> None:
+    if isinstance(intrinsic_dim, tuple) or np.ndim(intrinsic_dim) != 0:
+        raise ValueError(f"intrinsic_dim must be a scalar, such as two_nn(nb).id, got {type(intrinsic_dim).__name__}")
     if not isinstance(intrinsic_dim, jax.core.Tracer) and not 0 < float(intrinsic_dim) < math.inf:
         raise ValueError(f"intrinsic_dim must be positive and finite, got intrinsic_dim={intrinsic_dim}")
 
@@ -134,7 +136,7 @@ def _test_bounds(nb: Neighbors, intrinsic_dim, alpha: float) -> np.ndarray:
     The statistic -2k log(4 V_i V_j / (V_i + V_j)^2) is 4k log cosh(x / 2), x = log(V_i / V_j); it passes its
     threshold where |x| passes 2 arccosh(exp(threshold / 4k)), here written so that it can't overflow.
     """
-    kept = nb.distances.shape[1]
+    kept = as_neighbors(nb).distances.shape[1]
     if kept < 4:
         raise ValueError(f"nb must keep at least 4 neighbours of each point, got {kept}")
     _check_dimension(intrinsic_dim)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxscape.landscape.neighbors import Neighbors, as_points, nearest_neighbors
+from jaxscape.landscape.neighbors import Neighbors, as_neighbors, as_points, nearest_neighbors
 
 _MIN_DIMENSION, _MAX_DIMENSION = 1e-3, 1e3
 _NEWTON_STEPS = 12
@@ -82,7 +82,7 @@ def gride(nb: Neighbors, max_rank: int = 64) -> Gride:
     """
     if max_rank < 2:
         raise ValueError(f"max_rank must be at least 2, got max_rank={max_rank}")
-    kept = nb.distances.shape[1]
+    kept = as_neighbors(nb).distances.shape[1]
     if kept < 2:
         raise ValueError(f"nb must keep at least 2 neighbours of each point, got {kept}")
     ranks = [1]
@@ -97,7 +97,7 @@ def gride_at(nb: Neighbors, rank: int) -> DimensionAtScale:
     Raises:
         ValueError: rank < 1, or fewer than 2 `rank` neighbours kept.
     """
-    kept = nb.distances.shape[1]
+    kept = as_neighbors(nb).distances.shape[1]
     if rank < 1 or 2 * rank > kept:
         raise ValueError(f"rank must lie between 1 and half of the {kept} neighbours kept, got rank={rank}")
     estimate = _gride(nb.distances, np.asarray([rank], np.int32))
@@ -135,7 +135,7 @@ def two_nn(nb: Neighbors, method: str = "linear_fit", fraction: float = 0.9) -> 
         ValueError: unknown method, a fraction that isn't between 0 and 1 (both excluded) or leaves fewer than two
             ratios, or fewer than two neighbours kept.
     """
-    n, kept = nb.distances.shape
+    n, kept = as_neighbors(nb).distances.shape
     if kept < 2:
         raise ValueError(f"nb must keep at least 2 neighbours of each point, got {kept}")
     _check_method(method, fraction, n)

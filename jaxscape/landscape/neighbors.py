@@ -31,6 +31,20 @@ class Neighbors(NamedTuple):
     indices: jax.Array
 
 
+def as_neighbors(nb, *, of_all_points: bool = False) -> Neighbors:
+    """Return `nb`; ValueError unless it's Neighbors and, if asked for and not traced, holds all it refers to."""
+    if not isinstance(nb, Neighbors):
+        raise ValueError(f"nb must be Neighbors, as nearest_neighbors returns them, got {type(nb).__name__}")
+    if of_all_points:
+        n, first, last = nb.indices.shape[0], jnp.min(nb.indices), jnp.max(nb.indices)
+        if not isinstance(last, jax.core.Tracer) and (first < 0 or last >= n):
+            raise ValueError(
+                f"nb must hold all the points it refers to (not those of queries, or a part): its indices must lie "
+                f"between 0 and {n - 1}, got {first} to {last}"
+            )
+    return nb
+
+
 def drop_duplicates(x) -> np.ndarray:
     """Return the ascending int64 indices [M] of the distinct rows of `x` [N, D]: first occurrences.
 
@@ -89,8 +103,11 @@ def nearest_neighbors(
         x: points [N, D]. float64 stays float64 (with x64 on); anything else is computed in float32.
         k: neighbours to keep, 1 <= k <= N - 1 (with `queries`, N); static.
         metric: "euclidean", or "cosine": 1 - cos of the angle, found as half the squared distance of the points
-            divided by their lengths, so that small angles keep their digits.
-        queries: optional points [M, D] whose neighbours among `x` are asked for; none is left out of its own.
+            divided by their lengths, so that small angles keep their digits. As that is a square, dimensions come out
+            halved: for dimensions, densities and peaks find the Euclidean neighbours of x divided by its lengths, as
+            `survey(x, metric="cosine")` does.
+        queries: optional points [M, D] whose neighbours among `x` are asked for; none is left out of its own. The
+            result is no input for peaks, which need all points' neighbours.
         tile_size: rows whose candidates are sought at once; by default as many as keep a tile at 64 MiB, or, on
             CPUs, at 24 MiB.
         mesh: optional, devices to spread the points over: each holds a slice, and the slices travel in a ring.

@@ -17,7 +17,7 @@ from jaxscape.landscape.compiled_search import largest
 from jaxscape.landscape.density import Density
 from jaxscape.landscape.distances import as_points, product_error, squared_distances, unit_scale
 from jaxscape.landscape.merging import merge_peaks
-from jaxscape.landscape.neighbors import Neighbors
+from jaxscape.landscape.neighbors import Neighbors, as_neighbors
 from jaxscape.landscape.topography import Field, Saddles, find_saddles, first_true, take
 
 _SEARCH_ROWS = 8  # of a search for few points
@@ -41,7 +41,7 @@ class Peaks(NamedTuple):
     core: jax.Array
 
 
-def advanced_density_peaks(nb: Neighbors, density: Density, z: float, *, x=None) -> Peaks:
+def advanced_density_peaks(nb: Neighbors, density: Density, z: float = 1.6, *, x=None) -> Peaks:
     """Find the peaks of the density, the saddles between them, and the points that belong to each.
 
     With g the log density less its error, and the neighbourhood of a point its first `density.k` neighbours:
@@ -97,17 +97,34 @@ def advanced_density_peaks(nb: Neighbors, density: Density, z: float, *, x=None)
 
 def _check(nb: Neighbors, density: Density, points) -> int:
     """Check sizes and values; return the size of the widest neighbourhood."""
-    n, kept = nb.indices.shape
+    n, kept = as_neighbors(nb, of_all_points=True).indices.shape
+    if not isinstance(density, Density):
+        raise ValueError(f"density must be a Density, as knn_density returns, got {type(density).__name__}")
     if density.log_density.shape != (n,):
         raise ValueError(f"density must be of the {n} points of nb, got shape {density.log_density.shape}")
     if points is not None and points.shape[0] != n:
         raise ValueError(f"x must hold the {n} points of nb, got {points.shape[0]}")
+    if points is not None:
+        _check_points(nb, points)
     smallest, largest, finite = jax.device_get(_extent(density.log_density, density.log_density_error, density.k))
     if smallest < 1 or largest > kept:
         raise ValueError(f"density.k must lie between 1 and the {kept} neighbours kept, got {smallest} to {largest}")
     if not finite:
         raise ValueError("density must be finite, got NaN or Inf in log_density or log_density_error")
     return int(largest)
+
+
+def _check_points(nb: Neighbors, points) -> None:
+    """Check, on a few, that the neighbours are of these points: of another layer's, nothing below would make sense."""
+    rows = np.unique(np.linspace(0, len(points) - 1, 8).astype(int))
+    nearest, told = np.asarray(nb.indices[rows, 0]), np.asarray(nb.distances[rows, 0], np.float64)
+    found = np.linalg.norm(np.asarray(points[rows], np.float64) - np.asarray(points[nearest], np.float64), axis=1)
+    if not np.allclose(found, told, rtol=1e-3, atol=1e-6 * float(jnp.max(jnp.abs(points)))):
+        row = int(np.argmax(np.abs(found - told)))
+        raise ValueError(
+            f"x must be the points whose Euclidean neighbours nb holds: x[{rows[row]}] and x[{nearest[row]}] are "
+            f"{found[row]:.6g} apart, nb says {told[row]:.6g}"
+        )
 
 
 @jax.jit

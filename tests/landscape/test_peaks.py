@@ -228,5 +228,15 @@ def test_refuses():
         peaks_of(nb, density._replace(k=density.k.at[3].set(0)), 1.0)
     with pytest.raises(ValueError, match="between 1 and the 16 neighbours kept, got 8 to 17"):
         peaks_of(nb, density._replace(k=density.k.at[3].set(17)), 1.0)
+    with pytest.raises(ValueError, match=r"x must be the points whose Euclidean neighbours nb holds: x"):
+        peaks_of(nb, density, 1.0, x=x[::-1])
+    with pytest.raises(ValueError, match="nb must hold all the points it refers to.*between 0 and 29"):
+        peaks_of(jax.tree.map(lambda a: a[:30], nb), jax.tree.map(lambda a: a[:30], density), 1.0)
+    with pytest.raises(ValueError, match="nb must be Neighbors.*got ndarray"):
+        peaks_of(x, density, 1.0)
+    with pytest.raises(ValueError, match="density must be a Density.*got ndarray"):
+        peaks_of(nb, x, 1.0)
+    with pytest.raises(ValueError, match="intrinsic_dim must be a scalar.*got Gride"):
+        landscape.knn_density(nb, landscape.gride(nb), 8)
     with pytest.raises(ValueError, match="density must be finite"):
         peaks_of(nb, density._replace(log_density=density.log_density.at[3].set(jnp.nan)), 1.0)
