@@ -92,8 +92,8 @@ def nearest_neighbors(
     near-duplicates and far-off origins cost no digits. A bound on the products' rounding error tells which rows might
     have lost a neighbour; these few are searched again. The result is exact to the rounding of one distance, with
     all but certainty, and doesn't depend on the tiles. On CPUs, where differences would cost more than the products,
-    distances come from float64 products, which is as exact; in the largest of these searches (N from 4,096 and D from
-    768 up, about) from float32 products, unless a sample shows that they are off by more than 5e-7 of a distance, or
+    distances come from float64 products, which is as exact; in the larger of these searches (N * N * D above 2e9)
+    from float32 products, unless a sample shows that they are off by more than 5e-7 of a distance, or
     that distances are equal: their last digit may depend on the tiles. Memory grows with N * k and a tile.
 
     All coordinates share one scale: next to a point 1e19 times as far off as the others are apart, the squares of
