@@ -16,7 +16,7 @@ from jaxscape.landscape.density import Density
 from jaxscape.landscape.distances import as_points, squared_distances, unit_scale
 from jaxscape.landscape.neighbors import Neighbors, as_neighbors
 from jaxscape.landscape.peaks import Peaks, follow, nearest_among
-from jaxscape.landscape.topography import first_true, take
+from jaxscape.landscape.topography import first_true, ranked, take
 
 _SEARCH_ELEMENTS = 1 << 22  # distances bounded at once in an exact search
 
@@ -71,8 +71,7 @@ def decision_graph(nb: Neighbors, density: Density, *, x=None) -> DecisionGraph:
 def _graph(nb: Neighbors, log_density, points) -> tuple[DecisionGraph, jax.Array]:
     """Return the graph, and how many points other than the densest keep no denser neighbour."""
     n = log_density.shape[0]
-    order = jnp.argsort(-log_density, stable=True).astype(jnp.int32)
-    rank = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
+    order, rank = ranked(log_density)
     top = order[0]
     column, found = first_true(rank[nb.indices] < rank[:, None])
     leader, delta = take(nb.indices, column).at[top].set(top), take(nb.distances, column)
@@ -129,7 +128,7 @@ def density_peaks(
         ValueError: no threshold and no `n_peaks`, or both; `n_peaks` not between 1 and N; no point above the
             thresholds; sizes that differ; a neighbourhood larger than the neighbours kept.
     """
-    n, kept = nb.indices.shape
+    n, kept = as_neighbors(nb, of_all_points=True).indices.shape
     if graph.leader.shape != (n,) or density.log_density.shape != (n,):
         sizes = f"{graph.leader.shape} and {density.log_density.shape}"
         raise ValueError(f"graph and density must be of the {n} points of nb, got shapes {sizes}")
@@ -175,12 +174,11 @@ def _assign(nb: Neighbors, density: Density, graph: DecisionGraph, is_center, co
     own = jnp.arange(n, dtype=jnp.int32)
     root = follow(jnp.where(is_center, own, graph.leader))
     labels = (jnp.cumsum(is_center, dtype=jnp.int32) - 1)[root]
-    order = jnp.argsort(-density.log_density, stable=True).astype(jnp.int32)
-    rank = jnp.zeros(n, jnp.int32).at[order].set(own)
+    order, rank = ranked(density.log_density)
     other = labels[nb.indices]
     border = (jnp.arange(kept) < density.k[:, None]) & (other != labels[:, None])
-    ranked = jnp.where(border, rank[:, None], n)
-    highest = jnp.full((count, count), n, jnp.int32).at[labels[:, None], other].min(ranked)
+    by_rank = jnp.where(border, rank[:, None], n)
+    highest = jnp.full((count, count), n, jnp.int32).at[labels[:, None], other].min(by_rank)
     edge = jnp.min(highest, axis=1)[labels]  # the cluster's own side of its borders
     core = (edge == n) | (density.log_density > density.log_density[order[jnp.minimum(edge, n - 1)]])
     highest = jnp.minimum(highest, highest.T)

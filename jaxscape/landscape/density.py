@@ -118,6 +118,9 @@ def pak_density(nb: Neighbors, intrinsic_dim, alpha: float = 1e-6, converged: bo
     return _pak_density(nb, intrinsic_dim, _test_bounds(nb, intrinsic_dim, alpha), converged)
 
 
+ADAPTIVE = {"kstar": kstar_density, "pak": pak_density}  # by the names that `survey` and the estimators take
+
+
 def log_unit_ball_volume(dimension):
     """Return the log volume of the unit ball: (d/2) log pi - log Gamma(d/2 + 1)."""
     return dimension / 2 * math.log(math.pi) - gammaln(dimension / 2 + 1)

@@ -14,9 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxscape.landscape.density import Density, knn_density, kstar_density, pak_density
+from jaxscape.landscape.density import ADAPTIVE, Density, knn_density
 from jaxscape.landscape.dimension import gride, gride_at, two_nn
-from jaxscape.landscape.neighbors import METRICS, Neighbors, directions, drop_duplicates, nearest_neighbors
+from jaxscape.landscape.neighbors import (
+    METRICS,
+    Neighbors,
+    directions,
+    drop_duplicates,
+    nearest_neighbors,
+    row_bytes,
+)
 from jaxscape.landscape.peaks import Peaks, advanced_density_peaks
 from jaxscape.landscape.topography import peak_hierarchy
 
@@ -29,8 +36,7 @@ except ImportError as error:
         "the estimators of jaxscape.landscape need scikit-learn 1.7 or later: pip install 'jaxscape[sklearn]'"
     ) from error
 
-_ADAPTIVE = {"kstar": kstar_density, "pak": pak_density}
-_DENSITIES = ("knn", *_ADAPTIVE)
+_DENSITIES = ("knn", *ADAPTIVE)
 _METHODS = ("gride", "two_nn")
 _MIN_SAMPLES, _MIN_SAMPLES_ADAPTIVE = 3, 5  # for the rank pair (1, 2); (2, 4), and the adaptive densities
 _ADAPTIVE_RANK = 2
@@ -110,7 +116,7 @@ class AdvancedDensityPeaks(ClusterMixin, BaseEstimator):
         k = _ADAPTIVE_RANK if adaptive else _largest_rank(self, "n_neighbors", others)
         nb = nearest_neighbors(distinct.points, min(self.max_neighbors if adaptive else 2 * k, others))
         dimension, dimension_error = self._dimension(nb, k)
-        density = _ADAPTIVE[self.density](nb, dimension, self.alpha) if adaptive else knn_density(nb, dimension, k)
+        density = ADAPTIVE[self.density](nb, dimension, self.alpha) if adaptive else knn_density(nb, dimension, k)
         peaks = advanced_density_peaks(nb, density, self.z, x=distinct.points)
 
         self.rank_ = k
@@ -246,10 +252,7 @@ def _distinct_samples(estimator, X, least: int) -> _Distinct:
         )
     owner = np.arange(len(rows))
     if len(first) < len(rows):
-        # Equal rows have equal bytes once -0.0 is 0.0.
-        same = np.ascontiguousarray(rows + rows.dtype.type(0))
-        as_bytes = same.view(np.dtype((np.void, same.itemsize * same.shape[1]))).ravel()
-        _, at, group = np.unique(as_bytes, return_index=True, return_inverse=True)
+        _, at, group = np.unique(row_bytes(rows), return_index=True, return_inverse=True)
         owner = np.searchsorted(first, at[group])
         rows = rows[first]
     return _Distinct(jnp.asarray(rows), first, owner)

@@ -195,7 +195,7 @@ def _search_rows(problem: _Problem, plan: Plan, rows: np.ndarray, tile_size, poo
     starts = [min(a, len(rows) - tile) for a in range(0, len(rows), tile)]  # the last reaches back: one height compiles
     for start in starts:
         at = rows[start : start + tile]
-        closeness, maxima = (None if a is None else np.asarray(a) for a in _closeness_tile(problem, at))
+        closeness, maxima = _closeness_tile(problem, at)
 
         def work(part, start=start, at=at, closeness=closeness, maxima=maxima):
             kept, candidates = _largest(closeness[part], None if maxima is None else maxima[part], problem.width)
@@ -207,7 +207,7 @@ def _search_rows(problem: _Problem, plan: Plan, rows: np.ndarray, tile_size, poo
     return found.distances, found.indices, rows[~found.safe]
 
 
-def _closeness_tile(problem: _Problem, rows) -> tuple[jax.Array, jax.Array | None]:
+def _closeness_tile(problem: _Problem, rows) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the closeness [T, N] of `rows` [T] to all points, and, of a single block, the maxima of its groups."""
     asking = problem.asking[rows]
     with jax.enable_x64(problem.dtype == np.float64):
@@ -215,7 +215,10 @@ def _closeness_tile(problem: _Problem, rows) -> tuple[jax.Array, jax.Array | Non
             _closeness(asking, problem.center, block, low_norms, problem.span)
             for block, low_norms in zip(problem.blocks, problem.low_norms, strict=True)
         ]
-        return parts[0] if len(parts) == 1 else (jnp.concatenate([closeness for closeness, _ in parts], axis=1), None)
+        if len(parts) > 1:
+            return np.concatenate([np.asarray(closeness) for closeness, _ in parts], axis=1), None
+        closeness, maxima = parts[0]
+        return np.asarray(closeness), None if maxima is None else np.asarray(maxima)
 
 
 def _low_norms_asking(problem: _Problem, rows) -> np.ndarray:
@@ -388,16 +391,14 @@ def _trustworthy(problem: _Problem) -> bool:
     Nor may many distances be as good as equal: products would round the same distance to different floats.
     """
     rows = np.unique(np.linspace(0, len(problem.asking) - 1, _PILOT_ROWS).astype(int))
-    closeness, maxima = (None if a is None else np.asarray(a) for a in _closeness_tile(problem, rows))
-    kept, candidates = _largest(closeness, maxima, problem.width)
+    kept, candidates = _largest(*_closeness_tile(problem, rows), problem.width)
     order = np.argsort(-kept, axis=1)[:, problem.itself :]  # without the point itself
     squares = _low_norms_asking(problem, rows)[:, None] - np.take_along_axis(kept, order, axis=1)
     tied = np.count_nonzero(np.diff(squares, axis=1) <= 2 * _PILOT_ERROR * squares[:, 1:])
     if tied > _TIED * squares.size:
         return False
-    order = order[:, np.unique(np.geomspace(1, order.shape[1], _PILOT_PAIRS).astype(int)) - 1]
-    kept, candidates = (np.take_along_axis(a, order, axis=1) for a in (kept, candidates))
-    squares = _low_norms_asking(problem, rows)[:, None] - kept
+    some = np.unique(np.geomspace(1, order.shape[1], _PILOT_PAIRS).astype(int)) - 1
+    squares, candidates = squares[:, some], np.take_along_axis(candidates, order[:, some], axis=1)
     exact = [
         ((problem.points[at] - problem.asking[row].astype(np.float64)) ** 2).sum(axis=1)
         for row, at in zip(rows, candidates, strict=True)

@@ -62,11 +62,15 @@ def drop_duplicates(x) -> np.ndarray:
     suspects = np.flatnonzero(sizes[group] > 1)
     kept = np.ones(len(rows), bool)
     if len(suspects):
-        same = np.ascontiguousarray(rows[suspects] + 0.0)  # -0.0 + 0.0 is 0.0, so equal rows have equal bytes
-        as_bytes = same.view(np.dtype((np.void, same.itemsize * same.shape[1]))).ravel()
         kept[suspects] = False
-        kept[suspects[np.unique(as_bytes, return_index=True)[1]]] = True
+        kept[suspects[np.unique(row_bytes(rows[suspects]), return_index=True)[1]]] = True
     return np.flatnonzero(kept)
+
+
+def row_bytes(rows: np.ndarray) -> np.ndarray:
+    """Return the rows [N, D] as [N] strings of bytes; equal rows have equal ones (0.0 equals -0.0)."""
+    rows = np.ascontiguousarray(rows + rows.dtype.type(0))  # -0.0 + 0.0 is 0.0
+    return rows.view(np.dtype((np.void, rows.itemsize * rows.shape[1]))).ravel()
 
 
 def _hashes(rows: np.ndarray) -> np.ndarray:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxscape.landscape.compiled_search import largest
+from jaxscape.landscape.compiled_search import closeness_of, largest
 from jaxscape.landscape.density import Density
 from jaxscape.landscape.distances import as_points, product_error, squared_distances, unit_scale
 from jaxscape.landscape.merging import merge_peaks
 from jaxscape.landscape.neighbors import Neighbors, as_neighbors
-from jaxscape.landscape.topography import Field, Saddles, find_saddles, first_true, take
+from jaxscape.landscape.topography import Field, Saddles, find_saddles, first_true, ranked, take
 
 _SEARCH_ROWS = 8  # of a search for few points
 _SEARCH_CANDIDATES = 8
@@ -106,12 +106,12 @@ def _check(nb: Neighbors, density: Density, points) -> int:
         raise ValueError(f"x must hold the {n} points of nb, got {points.shape[0]}")
     if points is not None:
         _check_points(nb, points)
-    smallest, largest, finite = jax.device_get(_extent(density.log_density, density.log_density_error, density.k))
-    if smallest < 1 or largest > kept:
-        raise ValueError(f"density.k must lie between 1 and the {kept} neighbours kept, got {smallest} to {largest}")
+    smallest, widest, finite = jax.device_get(_extent(density.log_density, density.log_density_error, density.k))
+    if smallest < 1 or widest > kept:
+        raise ValueError(f"density.k must lie between 1 and the {kept} neighbours kept, got {smallest} to {widest}")
     if not finite:
         raise ValueError("density must be finite, got NaN or Inf in log_density or log_density_error")
-    return int(largest)
+    return int(widest)
 
 
 def _check_points(nb: Neighbors, points) -> None:
@@ -135,10 +135,8 @@ def _extent(log_density, error, k):
 @partial(jax.jit, static_argnames=("width",))
 def _climb(nb: Neighbors, density: Density, points, width: int) -> tuple[Field, Saddles, jax.Array, jax.Array]:
     """Steps 1 to 3: return field, saddles, labels [N] before merging, and the mask of centres [N]."""
-    n = nb.indices.shape[0]
     g = density.log_density - density.log_density_error
-    order = jnp.argsort(-g, stable=True).astype(jnp.int32)  # ties: the lower index is the higher point
-    rank = jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
+    order, rank = ranked(g)
     within = jnp.arange(width) < density.k[:, None]
     field = Field(density.log_density, density.log_density_error, rank, within)
     points = None if points is None else unit_scale(points)[0]
@@ -233,9 +231,8 @@ def _nearest_eligible(points, centred, norms, error: float, rows, mask):
     """Return the nearest point [B] to each of `rows` [B] where the `mask` [B, N] allows, and its squared distance."""
     n = norms.shape[0]
     width = min(n, _SEARCH_CANDIDATES)
-    product = jnp.matmul(centred[rows], centred.T, precision=lax.Precision.HIGHEST)
     # The lower ends of the error intervals of the squares, negated: the last one kept bounds those that aren't.
-    closeness = jnp.where(mask, 2 * product - norms[rows][:, None] - norms, -jnp.inf)
+    closeness = jnp.where(mask, closeness_of(centred[rows], centred, norms) - norms[rows][:, None], -jnp.inf)
     closeness, candidates = largest(closeness, width)
     difference = points[candidates] - points[rows][:, None, :]
     squares = jnp.where(closeness > -jnp.inf, jnp.sum(difference * difference, axis=-1), jnp.inf)

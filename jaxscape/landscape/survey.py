@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxscape.landscape.density import Density, knn_density, kstar_density, pak_density
-from jaxscape.landscape.dimension import DimensionAtScale, Gride, gride, gride_at
+from jaxscape.landscape.density import ADAPTIVE, Density, knn_density
+from jaxscape.landscape.dimension import Gride, gride, gride_at
 from jaxscape.landscape.distances import as_points
 from jaxscape.landscape.neighbors import METRICS, Neighbors, directions, drop_duplicates, nearest_neighbors
 from jaxscape.landscape.peaks import Peaks, advanced_density_peaks
 
-_DENSITIES = ("knn", "kstar", "pak")
+_DENSITIES = ("knn", *ADAPTIVE)
 _ADAPTIVE_NEIGHBORS = 300  # as many as an adaptive neighbourhood may grow to, unless more are asked for
 
 
@@ -121,7 +121,7 @@ def _survey(
     wanted = max(max_rank, 2 * k if knn else 4, max_neighbors or (0 if knn else _ADAPTIVE_NEIGHBORS))
     nb = nearest_neighbors(points, min(wanted, len(kept) - 1), tile_size=tile_size)
     at_scale = gride_at(nb, k if knn else 2)
-    found = _density(nb, at_scale, density, k)
+    found = knn_density(nb, at_scale.id, k) if knn else ADAPTIVE[density](nb, at_scale.id)
     return LayerLandscape(
         n_points=n,
         n_duplicates=n - len(kept),
@@ -133,9 +133,3 @@ def _survey(
         density=found,
         peaks=advanced_density_peaks(nb, found, z, x=points),
     )
-
-
-def _density(nb: Neighbors, at_scale: DimensionAtScale, density: str, k: int) -> Density:
-    if density == "knn":
-        return knn_density(nb, at_scale.id, k)
-    return (kstar_density if density == "kstar" else pak_density)(nb, at_scale.id)

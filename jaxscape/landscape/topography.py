@@ -44,6 +44,13 @@ def first_true(mask):
     return jnp.minimum(first, width - 1), first < width
 
 
+def ranked(values):
+    """Return the indices [N] of the values, the highest first (ties: the lower index), and the rank [N] of each."""
+    n = values.shape[0]
+    order = jnp.argsort(-values, stable=True).astype(jnp.int32)
+    return order, jnp.zeros(n, jnp.int32).at[order].set(jnp.arange(n, dtype=jnp.int32))
+
+
 def take(a, column):
     """Return the element in `column` [N] of every row of `a` [N, W]."""
     return jnp.take_along_axis(a, column[:, None], axis=1)[:, 0]

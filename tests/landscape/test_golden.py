@@ -1,38 +1,20 @@
 """Agreement with DADApy 0.3.4 (float64), cloud by cloud; the clouds live outside the repository."""
 
 from functools import cache
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from jaxscape import landscape
+from tests.landscape.golden import CLOUDS, GOLDEN, KEPT, load
 
-GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
-CLOUDS = (
-    "embedded8_200d",
-    "mixture20_10d",
-    "overlap_gaussians_3d",
-    "ring_bridge_2d",
-    "swiss_roll",
-    "two_gaussians_2d",
-    "uniform_5d",
-    *(f"smollm2_mmlu10_{shots}shot_layer{layer}" for shots in (0, 5) for layer in (5, 13, 21, 29)),
-)
-KEPT = 300  # neighbours the reference kept
 SIGNIFICANCES = ("0.0", "1.0", "1.6", "3.0")
 # Where the reference's list of 300 neighbours ends before it shows which of two points is nearer, it takes the
 # farther one for a border point. That makes one saddle too many, of this cloud at this k: see the test of it.
 CUT_SHORT = ("smollm2_mmlu10_5shot_layer5", 32)
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs the reference clouds in ../shared/golden")
-
-
-@cache
-def load(cloud):
-    with np.load(GOLDEN / f"{cloud}.npz") as stored:
-        return dict(stored)
 
 
 @cache

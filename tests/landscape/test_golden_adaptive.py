@@ -1,7 +1,6 @@
 """Agreement with DADApy 0.3.4 (float64) on TwoNN and the densities of adaptive k, cloud by cloud."""
 
 from functools import cache
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,18 +10,8 @@ from scipy.special import gammaln
 from jaxscape import landscape
 from jaxscape.landscape.density import kstar_density, pak_density
 from jaxscape.landscape.dimension import two_nn
+from tests.landscape.golden import CLOUDS, GOLDEN, KEPT, load
 
-GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
-CLOUDS = (
-    "embedded8_200d",
-    "mixture20_10d",
-    "overlap_gaussians_3d",
-    "ring_bridge_2d",
-    "swiss_roll",
-    "two_gaussians_2d",
-    "uniform_5d",
-    *(f"smollm2_mmlu10_{shots}shot_layer{layer}" for shots in (0, 5) for layer in (5, 13, 21, 29)),
-)
 # In float32: the widest and the narrowest neighbourhoods, low and high dimensions, and the flattest likelihoods.
 NARROW = (
     "ring_bridge_2d",
@@ -31,7 +20,6 @@ NARROW = (
     "smollm2_mmlu10_0shot_layer21",
     "smollm2_mmlu10_5shot_layer21",
 )
-KEPT = 300  # neighbours the reference kept
 SIGNIFICANCES = ("1.0", "1.6", "3.0")
 
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs the reference clouds in ../shared/golden")
@@ -39,12 +27,6 @@ CASES = [(cloud, True) for cloud in CLOUDS] + [(cloud, False) for cloud in NARRO
 every_cloud = pytest.mark.parametrize(
     ("cloud", "wide"), CASES, ids=[f"{cloud}-{'float64' if wide else 'float32'}" for cloud, wide in CASES]
 )
-
-
-@cache
-def load(cloud):
-    with np.load(GOLDEN / f"{cloud}.npz") as stored:
-        return dict(stored)
 
 
 @cache
