@@ -1,41 +1,79 @@
-"""What a decoder looks like, read from the checkpoint's own configuration."""
+"""What a decoder looks like: the fields that tell one family of causal language models from another.
+
+Readers of config.json (``families``) and of GGUF metadata (``gguf``) fill these fields; the decoder obeys them.
+"""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 from jaxscape.errors import InputError
 
-# Fields of a Llama config.json that change the numbers, with the values this port implements.
-# Anything else is refused by name: nothing is ignored silently.
-_LLAMA_IMPLEMENTED = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "rope_scaling": (None,),
-    "partial_rotary_factor": (1.0, None),
-    "pretraining_tp": (1, None),
-    "sliding_window": (None,),
-    "layer_types": (None,),
-}
+
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary position embedding (Su et al. 2021): feature i of a head turns with feature i + R/2 of its first R.
+
+    Attributes:
+      frequencies: R/2 angles a position, in radians; any scaling of the context is in them.
+      magnitude: cosines and sines are multiplied by this (YaRN, LongRoPE).
+      long_frequencies: used instead for rows longer than ``long_from`` tokens (LongRoPE); None: never.
+      long_from: tokens the checkpoint was first trained on; only with ``long_frequencies``.
+    """
+
+    frequencies: tuple[float, ...]
+    magnitude: float = 1.0
+    long_frequencies: tuple[float, ...] | None = None
+    long_from: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What the attention of some layers has and that of others hasn't.
+
+    Attributes:
+      window: a token sees itself and the ``window - 1`` before it; None: all before it.
+      rotary: how queries and keys are turned; None: not at all.
+    """
+
+    window: int | None = None
+    rotary: Rotary | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """Shape and constants of a pre-norm decoder with grouped-query attention and a gated MLP.
+    """Shape and constants of a decoder; the defaults of the optional fields are Llama's.
 
     Attributes:
-      vocab_size: rows of the embedding table.
-      width: features of the residual stream.
-      num_layers: blocks.
-      num_heads: query heads.
-      num_kv_heads: key and value heads; divides ``num_heads``.
-      head_dim: features a head.
-      mlp_width: features of the gated MLP.
-      rope_theta: base of the rotary frequencies.
-      norm_eps: epsilon of the RMS norms.
+      vocab_size: rows of the embedding table, V.
+      width: features of the residual stream, D.
+      num_layers: blocks, L.
+      num_heads: query heads, H.
+      num_kv_heads: key and value heads, K; divides ``num_heads``.
+      head_dim: features a head, F.
+      mlp_width: features of the MLP.
+      norm_eps: epsilon of every norm.
       tie_embeddings: the output head is the embedding table.
       max_positions: longest sequence the checkpoint was made for, in tokens.
+      kinds: the kinds of layers there are.
+      layer_kinds: index into ``kinds`` of each layer; () where all are of the first kind.
+      family: name of the row of the tables of tensor names (config.json's ``model_type``).
+      norm: "rms" (scale alone) or "layer" (mean removed, scale and bias).
+      norm_offset: added to the stored scale of every norm (Gemma stores scale - 1).
+      pre_norms: attention and MLP read the normed stream (``input_norm``, ``mlp_norm``).
+      post_norms: what attention and MLP add to the stream is normed (``attention_out_norm``, ``mlp_out_norm``).
+      parallel: attention and MLP read the same stream, and both are added to it (GPT-NeoX).
+      qk_norm: RMS norm of queries and keys before they turn: None, "head" (each head's F features) or "width"
+        (all heads' features together).
+      qkv_bias: q, k and v have biases.
+      out_bias: so has o.
+      mlp_bias: so have the MLP's projections.
+      gated: the MLP is down(act(gate x) * up x); else down(act(up x)).
+      activation: "silu", "gelu" (exact) or "gelu_tanh".
+      attention_scale: scores are q . k times this; None: head_dim ** -0.5.
+      attention_softcap: scores become cap * tanh(scores / cap); None: left as they are.
+      final_softcap: likewise for the logits.
+      embedding_scale: embeddings are multiplied by this.
+      learned_positions: rows of the table of position embeddings added to the stream; 0: none.
     """
 
     vocab_size: int
@@ -45,10 +83,28 @@ class Architecture:
     num_kv_heads: int
     head_dim: int
     mlp_width: int
-    rope_theta: float
     norm_eps: float
     tie_embeddings: bool
     max_positions: int
+    kinds: tuple[LayerKind, ...]
+    layer_kinds: tuple[int, ...] = ()
+    family: str = "llama"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    pre_norms: bool = True
+    post_norms: bool = False
+    parallel: bool = False
+    qk_norm: Literal["head", "width"] | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    gated: bool = True
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    final_softcap: float | None = None
+    embedding_scale: float = 1.0
+    learned_positions: int = 0
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -56,95 +112,13 @@ class Architecture:
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}; "
                 "check the checkpoint's configuration"
             )
+        if self.layer_kinds and len(self.layer_kinds) != self.num_layers:
+            raise InputError(
+                f"layer_kinds names {len(self.layer_kinds)} layers, num_layers is {self.num_layers}; "
+                "check the checkpoint's configuration"
+            )
 
-
-def _require(config: Mapping[str, Any], name: str, where: str):
-    if name not in config:
-        raise InputError(f"{where}: field {name!r} is missing; is this a Llama configuration?")
-    return config[name]
-
-
-def from_hf_config(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
-    """Reads a Hugging Face ``config.json``.
-
-    Args:
-      config: the parsed file.
-      where: how to call the file in errors.
-
-    Raises:
-      InputError: the model type or a field's value is not implemented, or a field is missing.
-    """
-    model_type = config.get("model_type")
-    if model_type != "llama":
-        raise InputError(f"{where}: model_type {model_type!r} is not implemented; implemented: 'llama'")
-    rope = dict(config.get("rope_parameters") or {})  # where transformers 5 writes the rotary constants
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "default":
-        raise InputError(f"{where}: rope_parameters.rope_type {rope_type!r} is not implemented; implemented: 'default'")
-    if (factor := rope.get("partial_rotary_factor")) not in (1.0, None):
-        raise InputError(f"{where}: rope_parameters.partial_rotary_factor = {factor!r} is not implemented; "
-                         "implemented: 1.0")
-    for field, values in _LLAMA_IMPLEMENTED.items():
-        if config.get(field, values[0]) not in values:
-            raise InputError(f"{where}: {field} = {config[field]!r} is not implemented; implemented: {values[0]!r}")
-    width = _require(config, "hidden_size", where)
-    heads = _require(config, "num_attention_heads", where)
-    return Architecture(
-        vocab_size=_require(config, "vocab_size", where),
-        width=width,
-        num_layers=_require(config, "num_hidden_layers", where),
-        num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or width // heads,
-        mlp_width=_require(config, "intermediate_size", where),
-        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-        norm_eps=float(_require(config, "rms_norm_eps", where)),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        max_positions=int(config.get("max_position_embeddings", 2048)),
-    )
-
-
-def from_gguf_metadata(metadata: Mapping[str, Any], tensor_names: set[str], where: str = "GGUF") -> Architecture:
-    """Reads the ``llama.*`` keys of a GGUF file.
-
-    Args:
-      metadata: the file's key-value pairs.
-      tensor_names: the file's tensors; without ``output.weight`` the head is tied.
-      where: how to call the file in errors.
-
-    Raises:
-      InputError: the architecture or a key's value is not implemented, or a key is missing.
-    """
-    name = metadata.get("general.architecture")
-    if name != "llama":
-        raise InputError(f"{where}: general.architecture {name!r} is not implemented; implemented: 'llama'")
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    if scaling != "none":
-        raise InputError(f"{where}: llama.rope.scaling.type {scaling!r} is not implemented; implemented: 'none'")
-    if "rope_freqs.weight" in tensor_names:
-        raise InputError(f"{where}: rope_freqs.weight (scaled rotary frequencies) is not implemented")
-    if metadata.get("llama.expert_count"):
-        raise InputError(f"{where}: llama.expert_count {metadata['llama.expert_count']} is not implemented")
-
-    def key(suffix: str):
-        return _require(metadata, f"llama.{suffix}", where)
-
-    width, heads = key("embedding_length"), key("attention.head_count")
-    head_dim = metadata.get("llama.attention.key_length", width // heads)
-    rotary = metadata.get("llama.rope.dimension_count", head_dim)
-    if rotary != head_dim:
-        raise InputError(f"{where}: llama.rope.dimension_count {rotary} other than the head size {head_dim} "
-                         "is not implemented")
-    return Architecture(
-        vocab_size=key("vocab_size"),
-        width=width,
-        num_layers=key("block_count"),
-        num_heads=heads,
-        num_kv_heads=metadata.get("llama.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        mlp_width=key("feed_forward_length"),
-        rope_theta=float(metadata.get("llama.rope.freq_base", 10_000.0)),
-        norm_eps=float(key("attention.layer_norm_rms_epsilon")),
-        tie_embeddings="output.weight" not in tensor_names,
-        max_positions=int(key("context_length")),
-    )
+    @property
+    def kind_of_layer(self) -> tuple[int, ...]:
+        """Index into ``kinds``, layer by layer."""
+        return self.layer_kinds or (0,) * self.num_layers

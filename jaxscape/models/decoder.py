@@ -1,12 +1,13 @@
-"""The decoder: pre-norm blocks with rotary grouped-query attention and a gated MLP, in Flax NNX.
+"""The decoder: blocks of attention and MLP in Flax NNX, shaped by an ``Architecture`` into any of its families.
 
-Letters in shape comments: N tokens of a batch, laid end to end; B rows (prompts); T longest row; P prefix tokens;
-L layers; D width; H query heads; K key/value heads; G query heads a key/value head; F features a head.
+Letters in shape comments: N tokens of a batch, laid end to end; B rows (prompts); P prefix tokens; L layers; D width;
+H query heads; K key/value heads; F features a head; R features of a head that turn.
 
 Tokens of different prompts are laid end to end, so that the matrix products (nine tenths of the work) run on no
-padding; only the attention of a prompt to itself sees a padded [B, T] view (see ``TokenBatch``).
+padding; only the attention of a prompt to itself sees a padded view (see ``TokenBatch``).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,10 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxscape.data.batches import TokenBatch
-from jaxscape.models.architecture import Architecture
+from jaxscape.errors import InputError
+from jaxscape.models.architecture import Architecture, Rotary
+from jaxscape.models.attention import Scores, attend
 from jaxscape.models.lora import Adapter, LoraConfig
 
-SITES = ("residual", "input_norm")
+SITES = ("residual", "input_norm", "post_attention_norm", "final_norm")
 
 # What the backward pass recomputes: nothing; all but the matrix products; whole blocks.
 REMAT = {
@@ -26,6 +29,12 @@ REMAT = {
         body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False
     ),
     "blocks": lambda body: jax.checkpoint(body, prevent_cse=False),
+}
+
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 
@@ -48,200 +57,197 @@ class DecoderOutput(NamedTuple):
 
     Attributes:
       hidden: [B, D] last token's state after the final norm.
-      states: [L, B, D] last token's state at the site asked for; None when no site was.
+      states: site -> [L, B, D], and "final_norm" -> [1, B, D]: the last token's states, or their means.
       keys: [L, N, K, F] rotated keys of every token; None unless asked for.
       values: [L, N, K, F]; None unless asked for.
     """
 
     hidden: jax.Array
-    states: jax.Array | None
+    states: dict[str, jax.Array]
     keys: jax.Array | None
     values: jax.Array | None
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * scale over the last axis, the mean square in float32 (Zhang & Sennrich 2019)."""
-    x32 = x.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (x32 * inverse).astype(x.dtype) * scale
+def check_sites(arch: Architecture, sites: Sequence[str]) -> None:
+    """Raises an InputError for a site that there is not, or not in this family."""
+    for site in sites:
+        if site not in SITES:
+            raise InputError(f"site {site!r}: choose from {', '.join(SITES)}")
+        if site in ("input_norm", "post_attention_norm") and not arch.pre_norms:
+            raise InputError(f"site {site!r}: a {arch.family} has no norm before its attention and MLP; "
+                             "choose 'residual' or 'final_norm'")
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [N, F/2], float32, of the rotary embedding (Su et al. 2021) at integer positions [N]."""
-    frequencies = 1.0 / theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[:, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+def rotary_angles(rotary: Rotary, positions: jax.Array, long: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [N, R/2], float32, at integer positions [N]; ``long`` [N]: by the long frequencies."""
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(rotary.frequencies, jnp.float32)
+    if rotary.long_frequencies is not None:
+        far = positions.astype(jnp.float32)[:, None] * jnp.asarray(rotary.long_frequencies, jnp.float32)
+        angles = jnp.where(long[:, None], far, angles)
+    return jnp.cos(angles) * rotary.magnitude, jnp.sin(angles) * rotary.magnitude
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns x [N, heads, F] by the angles [N, F/2]; feature i is paired with i + F/2, as the hub's weights expect."""
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+    """Turns x [N, heads, F] by the angles [N, R/2]; feature i is paired with i + R/2, those from R on stay."""
+    if angles is None:
+        return x
+    half = angles[0].shape[-1]
     cos, sin = (a[:, None, :].astype(x.dtype) for a in angles)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
-    return x.at[index].get(mode="fill", fill_value=0)
+class Norm(nnx.Module):
+    """RMS norm (Zhang & Sennrich 2019) or layer norm (Ba et al. 2016) over the last axis, computed in float32."""
 
+    def __init__(self, arch: Architecture, shape: Sequence[int], dtype, kind: str = ""):
+        self.kind, self.eps, self.offset = kind or arch.norm, arch.norm_eps, arch.norm_offset
+        self.scale = nnx.Param(jnp.full(shape, 1 - arch.norm_offset, dtype))
+        self.bias = nnx.data(nnx.Param(jnp.zeros(shape, dtype)) if self.kind == "layer" else None)
 
-@jax.custom_vjp
-def _move(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """x[index], where ``inverse`` undoes ``index``; indices out of range give zeros.
-
-    Because the map is one to one, its transpose is a gather too: XLA's scatter-add is far slower on CPU.
-    """
-    return _gather(x, index)
-
-
-def _move_forward(x, index, inverse):
-    return _gather(x, index), (inverse, index.shape, x.shape)
-
-
-def _move_backward(residuals, gradient):
-    inverse, index_shape, x_shape = residuals
-    flat = gradient.reshape((-1,) + gradient.shape[len(index_shape) :])
-    return _gather(flat, inverse).reshape(x_shape), None, None
-
-
-_move.defvjp(_move_forward, _move_backward)
-
-
-def _soft_mean(scores: jax.Array, allowed: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean of ``values`` [..., S, F] under the softmax of ``scores`` [..., Q, S] where allowed, [..., Q, F], and its
-    log normaliser [..., Q], float32.
-
-    Dividing after the product leaves F numbers a query to divide, not S.
-    """
-    scores = jnp.where(allowed, scores.astype(jnp.float32), -jnp.inf)
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    mean = (weights.astype(values.dtype) @ values) / total.astype(values.dtype)
-    return mean, (jnp.log(total) + top)[..., 0]
-
-
-def attend_rows(q: jax.Array, k: jax.Array, v: jax.Array, batch: TokenBatch) -> tuple[jax.Array, jax.Array]:
-    """Causal attention of each row to itself.
-
-    Args:
-      q: [N, H, F] queries, scaled and rotated.
-      k: [N, K, F] keys, rotated.
-      v: [N, K, F] values.
-      batch: the layout of the rows.
-
-    Returns:
-      [N, H, F] mean values under the softmax, and [N, H] its log normaliser (float32).
-    """
-    (_, heads, features), kv_heads = q.shape, k.shape[1]
-    rows, longest = batch.slots.shape
-    groups = heads // kv_heads
-    q, k, v = (_move(a, batch.slots, batch.cells) for a in (q, k, v))  # [B, T, heads, F]
-    q = q.reshape(rows, longest, kv_heads, groups, features).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(rows, kv_heads, groups * longest, features)  # queries of a key head side by side: larger products
-    causal = jnp.tile(jnp.tril(jnp.ones((longest, longest), bool)), (groups, 1))
-    out, log_total = _soft_mean(q @ k.transpose(0, 2, 3, 1), causal, v.transpose(0, 2, 1, 3))
-    out = out.reshape(rows, kv_heads, groups, longest, features).transpose(0, 3, 1, 2, 4)
-    log_total = log_total.reshape(rows, kv_heads, groups, longest).transpose(0, 3, 1, 2)
-    out, log_total = out.reshape(rows * longest, heads, features), log_total.reshape(rows * longest, heads)
-    return _move(out, batch.cells, batch.slots), _move(log_total, batch.cells, batch.slots)
-
-
-def attend_prefix(q: jax.Array, keys: jax.Array, values: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Attention of every token to the shared prefix: one matrix product a key head for the whole batch.
-
-    Args:
-      q: [N, H, F] queries, scaled and rotated.
-      keys: [P, K, F].
-      values: [P, K, F].
-      length: valid prefix tokens, at least 1.
-
-    Returns:
-      [N, H, F] mean values under the softmax, and [N, H] its log normaliser (float32).
-    """
-    (n, heads, features), kv_heads = q.shape, keys.shape[1]
-    grouped = q.reshape(n, kv_heads, -1, features).transpose(1, 0, 2, 3).reshape(kv_heads, -1, features)
-    valid = jnp.arange(keys.shape[0]) < length
-    out, log_total = _soft_mean(grouped @ keys.transpose(1, 2, 0), valid, values.transpose(1, 0, 2))
-    out = out.reshape(kv_heads, n, -1, features).transpose(1, 0, 2, 3).reshape(n, heads, features)
-    return out, log_total.reshape(kv_heads, n, -1).transpose(1, 0, 2).reshape(n, heads)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D]."""
+        x32 = x.astype(jnp.float32)
+        if self.kind == "layer":
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        y = x32 * inverse * (self.scale[...].astype(jnp.float32) + self.offset)
+        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Projection(nnx.Module):
-    """x @ kernel, plus a low-rank update where an adapter is attached."""
+    """x @ kernel (+ bias), plus a low-rank update where an adapter is attached."""
 
-    def __init__(self, stack: int, inputs: int, outputs: int, dtype, lora: LoraConfig | None, *, rngs: nnx.Rngs):
-        scale = inputs**-0.5
-        self.kernel = nnx.Param(scale * jax.random.normal(rngs.params(), (stack, inputs, outputs), dtype))
+    def __init__(self, arch: Architecture, inputs: int, outputs: int, dtype, *, bias: bool, lora: LoraConfig | None,
+                 rngs: nnx.Rngs):
+        stack = arch.num_layers
+        self.kernel = nnx.Param(inputs**-0.5 * jax.random.normal(rngs.params(), (stack, inputs, outputs), dtype))
+        self.bias = nnx.data(nnx.Param(jnp.zeros((stack, outputs), dtype)) if bias else None)
         self.adapter = nnx.data(None if lora is None else Adapter(stack, inputs, outputs, dtype, lora, rngs=rngs))
 
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """[N, inputs] -> [N, outputs], in the layer that the scan is at."""
         y = x @ self.kernel[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
         return y if self.adapter is None else y + self.adapter(x, dropout_key)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention."""
 
     def __init__(self, arch: Architecture, dtype, lora: LoraConfig | None, *, rngs: nnx.Rngs):
-        def projection(name: str, inputs: int, outputs: int) -> Projection:
-            return Projection(arch.num_layers, inputs, outputs, dtype, lora and lora.only(name), rngs=rngs)
+        def projection(name: str, inputs: int, outputs: int, bias: bool) -> Projection:
+            return Projection(arch, inputs, outputs, dtype, bias=bias, lora=lora and lora.only(name), rngs=rngs)
+
+        def qk_norm(features: int) -> Norm | None:
+            shape = (arch.num_layers, arch.head_dim if arch.qk_norm == "head" else features)
+            return Norm(arch, shape, dtype, "rms") if arch.qk_norm else None
 
         self.arch = arch
         heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-        self.q = projection("q", arch.width, heads)
-        self.k = projection("k", arch.width, kv_heads)
-        self.v = projection("v", arch.width, kv_heads)
-        self.o = projection("o", heads, arch.width)
+        self.q = projection("q", arch.width, heads, arch.qkv_bias)
+        self.k = projection("k", arch.width, kv_heads, arch.qkv_bias)
+        self.v = projection("v", arch.width, kv_heads, arch.qkv_bias)
+        self.o = projection("o", heads, arch.width, arch.out_bias)
+        self.q_norm, self.k_norm = nnx.data(qk_norm(heads)), nnx.data(qk_norm(kv_heads))
 
-    def __call__(self, x, batch: TokenBatch, angles, prefix: Prefix | None, dropout_keys):
-        """Normed states [N, D] -> update [N, D], rotated keys and values [N, K, F]."""
+    def _heads(self, projection: Projection, norm: Norm | None, x, dropout_key) -> jax.Array:
+        y = projection(x, dropout_key)
+        if norm is not None and self.arch.qk_norm == "width":
+            y = norm(y)
+        y = y.reshape(x.shape[0], -1, self.arch.head_dim)
+        return norm(y) if norm is not None and self.arch.qk_norm == "head" else y
+
+    def __call__(self, x, batch: TokenBatch, angles, kind, prefix: Prefix | None, dropout_keys):
+        """Normed states [N, D] -> update [N, D], rotated keys and values [N, K, F].
+
+        Args:
+          x: states.
+          batch: the layout of the rows.
+          angles: of each kind of layer.
+          kind: which kind this layer is, an int32 scalar; None where there is only one.
+          prefix: of this layer.
+          dropout_keys: four PRNG keys, or None each.
+        """
         arch = self.arch
-        q, k, v = (p(x, key).reshape(x.shape[0], -1, arch.head_dim)
-                   for p, key in zip((self.q, self.k, self.v), dropout_keys, strict=False))
-        q, k = rotate(q, angles) * arch.head_dim**-0.5, rotate(k, angles)
-        out, log_total = attend_rows(q, k, v, batch)
-        if prefix is not None:
-            before, log_before = attend_prefix(q, prefix.keys, prefix.values, prefix.length)
-            share = jax.nn.sigmoid(log_before - log_total)[..., None].astype(out.dtype)
-            out = out + share * (before - out)
+        q = self._heads(self.q, self.q_norm, x, dropout_keys[0])
+        k = self._heads(self.k, self.k_norm, x, dropout_keys[1])
+        v = self._heads(self.v, None, x, dropout_keys[2])
+        scale = arch.head_dim**-0.5 if arch.attention_scale is None else arch.attention_scale
+
+        def attend_as(number: int):
+            def attend_here(q, k, v):
+                q, k = rotate(q, angles[number]) * scale, rotate(k, angles[number])
+                return attend(q, k, v, batch, prefix, Scores(arch.attention_softcap, arch.kinds[number].window)), k
+
+            return attend_here
+
+        ways = [attend_as(number) for number in range(len(arch.kinds))]
+        out, k = ways[0](q, k, v) if kind is None else jax.lax.switch(kind, ways, q, k, v)
         return self.o(out.reshape(x.shape[0], -1), dropout_keys[3]), k, v
 
 
-class GatedMlp(nnx.Module):
-    """down(silu(gate x) * up x) (Shazeer 2020)."""
+class Mlp(nnx.Module):
+    """down(act(gate x) * up x) (Shazeer 2020), or down(act(up x))."""
 
     def __init__(self, arch: Architecture, dtype, lora: LoraConfig | None, *, rngs: nnx.Rngs):
         def projection(name: str, inputs: int, outputs: int) -> Projection:
-            return Projection(arch.num_layers, inputs, outputs, dtype, lora and lora.only(name), rngs=rngs)
+            adapter = lora and lora.only(name)
+            return Projection(arch, inputs, outputs, dtype, bias=arch.mlp_bias, lora=adapter, rngs=rngs)
 
-        self.gate = projection("gate", arch.width, arch.mlp_width)
+        self.activation = arch.activation
+        self.gate = nnx.data(projection("gate", arch.width, arch.mlp_width) if arch.gated else None)
         self.up = projection("up", arch.width, arch.mlp_width)
         self.down = projection("down", arch.mlp_width, arch.width)
 
     def __call__(self, x, dropout_keys):
         """Normed states [N, D] -> update [N, D]."""
-        return self.down(jax.nn.silu(self.gate(x, dropout_keys[0])) * self.up(x, dropout_keys[1]), dropout_keys[2])
+        act, up = _ACTIVATIONS[self.activation], self.up(x, dropout_keys[1])
+        hidden = act(up) if self.gate is None else act(self.gate(x, dropout_keys[0])) * up
+        return self.down(hidden, dropout_keys[2])
 
 
 class Blocks(nnx.Module):
     """All blocks at once: every parameter has the layer as its first axis; a scan takes one layer at a time."""
 
     def __init__(self, arch: Architecture, dtype, lora: LoraConfig | None, *, rngs: nnx.Rngs):
-        self.arch = arch
-        self.input_norm = nnx.Param(jnp.ones((arch.num_layers, arch.width), dtype))
-        self.attention = Attention(arch, dtype, lora, rngs=rngs)
-        self.post_norm = nnx.Param(jnp.ones((arch.num_layers, arch.width), dtype))
-        self.mlp = GatedMlp(arch, dtype, lora, rngs=rngs)
+        def norm(present: bool):
+            return nnx.data(Norm(arch, (arch.num_layers, arch.width), dtype) if present else None)
 
-    def __call__(self, x, batch: TokenBatch, angles, prefix: Prefix | None, dropout_key):
-        """States [N, D] -> states after the block, the input norm's output [N, D], keys and values [N, K, F]."""
+        self.arch = arch
+        self.input_norm, self.mlp_norm = norm(arch.pre_norms), norm(arch.pre_norms)
+        self.attention_out_norm, self.mlp_out_norm = norm(arch.post_norms), norm(arch.post_norms)
+        self.attention = Attention(arch, dtype, lora, rngs=rngs)
+        self.mlp = Mlp(arch, dtype, lora, rngs=rngs)
+
+    def __call__(self, x, batch: TokenBatch, angles, kind, prefix: Prefix | None, dropout_key):
+        """States [N, D] -> states at each site of the block [N, D], keys and values [N, K, F]."""
         keys = [None] * 7 if dropout_key is None else jax.random.split(dropout_key, 7)
-        normed = rms_norm(x, self.input_norm[...], self.arch.norm_eps)
-        attended, k, v = self.attention(normed, batch, angles, prefix, keys[:4])
-        x = x + attended
-        x = x + self.mlp(rms_norm(x, self.post_norm[...], self.arch.norm_eps), keys[4:])
-        return x, normed, k, v
+
+        def normed(norm, x):
+            return x if norm is None else norm(x)
+
+        read = normed(self.input_norm, x)
+        update, k, v = self.attention(read, batch, angles, kind, prefix, keys[:4])
+        after = x + normed(self.attention_out_norm, update)
+        read_again = normed(self.mlp_norm, x if self.arch.parallel else after)
+        out = after + normed(self.mlp_out_norm, self.mlp(read_again, keys[4:]))
+        return {"residual": out, "input_norm": read, "post_attention_norm": read_again}, k, v
+
+
+def _last(batch: TokenBatch):
+    """Takes each row's last token's state: [N, D] -> [B, D]."""
+    return lambda x: x[batch.last]
+
+
+def _means(batch: TokenBatch, pool_from: jax.Array):
+    """Takes the mean of each row's states from a place in the row on: [N, D] -> [B, D], summed in float32."""
+    rows, longest = batch.slots.shape
+    row = batch.cells // longest
+    wanted = (row == jnp.arange(rows)[:, None]) & (batch.positions >= pool_from[:, None])
+    weights = wanted / jnp.maximum(jnp.sum(wanted, axis=1, keepdims=True), 1)
+    return lambda x: (weights.astype(jnp.float32) @ x.astype(jnp.float32)).astype(x.dtype)
 
 
 class Decoder(nnx.Module):
@@ -249,27 +255,31 @@ class Decoder(nnx.Module):
 
     Attributes:
       embedding: [V, D].
+      positions: [learned_positions, D]; None without them.
       blocks: stacked blocks.
-      final_norm: [D].
+      final_norm: a ``Norm`` of [D].
       head: [V, D]; None when tied to the embedding.
     """
 
     def __init__(self, arch: Architecture, *, dtype=jnp.float32, lora: LoraConfig | None = None, rngs: nnx.Rngs):
+        def table(rows: int):
+            return nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, arch.width), dtype))
+
         self.arch = arch
-        table = (arch.vocab_size, arch.width)
-        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), table, dtype))
+        self.embedding = table(arch.vocab_size)
+        self.positions = nnx.data(table(arch.learned_positions) if arch.learned_positions else None)
         self.blocks = Blocks(arch, dtype, lora, rngs=rngs)
-        self.final_norm = nnx.Param(jnp.ones((arch.width,), dtype))
-        self.head = nnx.data(
-            None if arch.tie_embeddings else nnx.Param(0.02 * jax.random.normal(rngs.params(), table, dtype))
-        )
+        self.final_norm = Norm(arch, (arch.width,), dtype)
+        self.head = nnx.data(None if arch.tie_embeddings else table(arch.vocab_size))
 
     def __call__(
         self,
         batch: TokenBatch,
         prefix: Prefix | None = None,
         *,
-        site: str | None = None,
+        sites: Sequence[str] = (),
+        pool_from: jax.Array | None = None,
+        row_lengths: jax.Array | None = None,
         keep_keys: bool = False,
         dropout_key: jax.Array | None = None,
         remat: str = "none",
@@ -279,38 +289,64 @@ class Decoder(nnx.Module):
         Args:
           batch: the tokens and their layout.
           prefix: keys and values of the tokens before every row.
-          site: which state of the last token to keep at every layer: "residual" (after the block) or
-            "input_norm" (after the block's input norm); None keeps none.
+          sites: which states to keep: "residual" (after each block), "input_norm" (what its attention reads),
+            "post_attention_norm" (what its MLP reads), "final_norm" (after the last block's residual is normed).
+          pool_from: int32 [B]: keep the mean over each row's tokens from this place in the row on; None: the last
+            token's state.
+          row_lengths: int32 [B] whole length of each row's prompt in tokens, which decides between the two sets of
+            frequencies of LongRoPE; None: prefix and row.
           keep_keys: return the keys and values of every token, to build a ``Prefix``.
           dropout_key: PRNG key of the adapters' dropout; None turns it off.
           remat: what the backward pass recomputes instead of keeping it, a name in ``REMAT``.
         """
+        arch = self.arch
         start = 0 if prefix is None else prefix.length
-        angles = rotary_angles(batch.positions + start, self.arch.head_dim, self.arch.rope_theta)
+        positions = batch.positions + start
+        angles = self._angles(batch, positions, start, row_lengths)
+        take = _last(batch) if pool_from is None else _means(batch, pool_from)
+        in_blocks = [site for site in sites if site != "final_norm"]
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(x, layer):
-            state, keys_and_values, key = layer
+            state, kind, keys_and_values, key = layer
             here = None if prefix is None else Prefix(*keys_and_values, prefix.length)
-            out, normed, k, v = nnx.merge(graphdef, state)(x, batch, angles, here, key)
-            last = {"residual": out, "input_norm": normed, None: None}[site]
-            kept = None if last is None else last[batch.last]
-            return out, (kept, k if keep_keys else None, v if keep_keys else None)
+            at, k, v = nnx.merge(graphdef, state)(x, batch, angles, kind, here, key)
+            kept = {site: take(at[site]) for site in in_blocks}
+            return at["residual"], (kept, k if keep_keys else None, v if keep_keys else None)
 
         layers = (
             stacked,
+            None if len(arch.kinds) == 1 else jnp.asarray(arch.kind_of_layer, jnp.int32),
             None if prefix is None else (prefix.keys, prefix.values),
-            None if dropout_key is None else jax.random.split(dropout_key, self.arch.num_layers),
+            None if dropout_key is None else jax.random.split(dropout_key, arch.num_layers),
         )
-        x = self.embedding[...][batch.tokens]
-        x, (states, keys, values) = jax.lax.scan(REMAT[remat](body), x, layers)
-        hidden = rms_norm(x[batch.last], self.final_norm[...], self.arch.norm_eps)
-        return DecoderOutput(hidden, states, keys, values)
+        x, (states, keys, values) = jax.lax.scan(REMAT[remat](body), self._embed(batch.tokens, positions), layers)
+        if "final_norm" in sites:
+            states["final_norm"] = take(self.final_norm(x))[None]
+        return DecoderOutput(self.final_norm(x[batch.last]), states, keys, values)
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        x = self.embedding[...][tokens]
+        if self.arch.embedding_scale != 1.0:  # rounded to the weights' precision, as in training
+            x = x * jnp.asarray(self.arch.embedding_scale, x.dtype)
+        return x if self.positions is None else x + self.positions[...][positions]
+
+    def _angles(self, batch: TokenBatch, positions, start, row_lengths) -> list:
+        """Cosines and sines of each kind of layer; None where its queries and keys don't turn."""
+        long = None
+        for rotary in (kind.rotary for kind in self.arch.kinds if kind.rotary and kind.rotary.long_frequencies):
+            rows, longest = batch.slots.shape
+            own = jnp.asarray(batch.positions)[batch.last] + 1 + start
+            lengths = own if row_lengths is None else jnp.asarray(row_lengths)
+            long = lengths[jnp.minimum(batch.cells // longest, rows - 1)] > rotary.long_from
+        return [kind.rotary and rotary_angles(kind.rotary, positions, long) for kind in self.arch.kinds]
 
     def logits(self, hidden: jax.Array, token_ids: jax.Array | None = None) -> jax.Array:
         """Logits [B, V] of states after the final norm [B, D], or [B, C] of the tokens ``token_ids`` [C] alone."""
         head = (self.embedding if self.head is None else self.head)[...]
-        return hidden @ (head if token_ids is None else head[token_ids]).T
+        logits = hidden @ (head if token_ids is None else head[token_ids]).T
+        cap = self.arch.final_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def abstract_decoder(arch: Architecture, *, dtype=jnp.float32, lora: LoraConfig | None = None):

@@ -74,11 +74,11 @@ def test_loss_and_gradients_are_those_of_torch(tiny_model, tiny_llama, reference
     loss, _, found = reference
     assert loss == pytest.approx(float(total.detach()), rel=1e-5)
     named = {name: p.grad.numpy() for name, p in model.named_parameters()}
-    pairs = {("embedding",): named["model.embed_tokens.weight"], ("final_norm",): named["model.norm.weight"]}
+    pairs = {("embedding",): named["model.embed_tokens.weight"], ("final_norm", "scale"): named["model.norm.weight"]}
     for layer in range(4):
         prefix = f"model.layers.{layer}."
-        norms = {"input_norm": "input_layernorm", "post_norm": "post_attention_layernorm"}
-        pairs |= {("blocks", ours, layer): named[f"{prefix}{theirs}.weight"] for ours, theirs in norms.items()}
+        norms = {"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+        pairs |= {("blocks", ours, "scale", layer): named[f"{prefix}{theirs}.weight"] for ours, theirs in norms.items()}
         for part, module, kernels in (("attention", "self_attn", "qkvo"), ("mlp", "mlp", ("gate", "up", "down"))):
             for kernel in kernels:
                 theirs = named[f"{prefix}{module}.{kernel}_proj.weight"].T

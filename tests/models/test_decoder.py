@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxscape.data.batches import BatchShape, pack
 from jaxscape.models import decoder
-from jaxscape.models.decoder import SITES
+from jaxscape.models.decoder import SITES, check_sites
 from jaxscape.models.lora import LoraConfig
 from jaxscape.models.pretrained import attach_adapters, load_pretrained, values_of, with_values
 from jaxscape.models.sharding import make_mesh
@@ -30,7 +31,7 @@ def matches(golden, states, logits, site) -> bool:
 # What PyTorch computed
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", ["residual", "input_norm"])
 def test_packed_batch_equals_pytorch_at_every_layer(tiny_model, golden, run_rows, site):
     states, logits = run_rows(tiny_model, [g.tokens for g in golden], site=site)
     assert states.shape == (4, len(golden), 32)
@@ -67,8 +68,51 @@ def test_rows_of_different_lengths_after_one_prefix_equal_pytorch(tiny_model, go
 
 def test_logits_of_some_tokens_are_those_of_all(tiny_model, golden, run_rows):
     some = np.array([5, 300, 0], np.int32)
-    _, logits = run_rows(tiny_model, [golden[0].tokens], answers=some)
-    np.testing.assert_allclose(logits[0], golden[0].logits[some], rtol=1e-4, atol=1e-4)
+    model = nnx.merge(tiny_model.graphdef, tiny_model.params)
+    hidden = run_rows(tiny_model, [golden[0].tokens], site="final_norm")[0][0]
+    np.testing.assert_allclose(model.logits(hidden, some)[0], golden[0].logits[some], rtol=1e-4, atol=1e-4)
+
+
+# Sites and pooling
+
+
+def test_sites_fit_together(tiny_model, golden, run_rows):
+    """Each block's norms read the stream that the blocks before it left."""
+    states, _ = run_rows(tiny_model, [golden[0].tokens], site=SITES)
+    values = values_of(tiny_model.params)
+
+    def normed(x, scale):
+        return x / np.sqrt(np.mean(x**2, -1, keepdims=True) + tiny_model.arch.norm_eps) * np.asarray(scale)
+
+    assert {site: value.shape for site, value in states.items()} == {
+        "residual": (4, 1, 32), "input_norm": (4, 1, 32), "post_attention_norm": (4, 1, 32), "final_norm": (1, 1, 32)
+    }  # fmt: skip
+    scales = values["blocks", "input_norm", "scale"]
+    for layer in range(3):
+        assert relative(normed(states["residual"][layer], scales[layer + 1]), states["input_norm"][layer + 1]) < 1e-5
+    assert relative(normed(states["residual"][3], values["final_norm", "scale"]), states["final_norm"][0]) < 1e-5
+    size = np.linalg.norm(states["post_attention_norm"][:, 0] / values["blocks", "mlp_norm", "scale"], axis=-1)
+    np.testing.assert_allclose(size, np.sqrt(32), rtol=1e-3)  # it is a normed state, before its scale
+
+
+@pytest.mark.parametrize("shared", [0, 5])
+def test_mean_over_the_end_of_each_row_is_that_of_its_tokens(shared, tiny_model, golden, run_rows):
+    head = golden[0].tokens[:5]
+    rows = [head + golden[i].tokens[7:30] for i in (0, 1)] + [head + [9]]
+    starts = [6, 12, 5]
+    shape = BatchShape(96, 4, 40)
+    found, _ = run_rows(tiny_model, rows, shared=shared, shape=shape, pool_from=[start - shared for start in starts])
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        ends = [run_rows(tiny_model, [row[:stop]], shape=BatchShape(32, 1, 32))[0][:, 0]
+                for stop in range(start + 1, len(row) + 1)]  # fmt: skip
+        assert relative(found[:, i], np.mean(ends, axis=0)) < 1e-5
+
+
+@pytest.mark.parametrize("site", ["logits", "input_norm"])
+def test_site_that_is_not_there_is_refused(site, tiny_model, raises_input_error):
+    check_sites(tiny_model.arch, SITES)
+    with raises_input_error("site", site, "residual"):
+        check_sites(dataclasses.replace(tiny_model.arch, pre_norms=False, post_norms=True), (site,))
 
 
 # Packing
@@ -97,7 +141,7 @@ def test_tokens_in_the_padding_change_nothing(tiny_model, golden, run_rows):
     batch = pack(rows, BatchShape(64, 4, 32))
     filled = batch._replace(tokens=np.where(np.arange(64) < 50, batch.tokens, 77))
     model = nnx.merge(tiny_model.graphdef, tiny_model.params)
-    states, refilled = (np.asarray(model(b, site="residual").states[:, :2]) for b in (batch, filled))
+    states, refilled = (np.asarray(model(b, sites=("residual",)).states["residual"][:, :2]) for b in (batch, filled))
     np.testing.assert_array_equal(states, refilled)
 
 
@@ -116,7 +160,7 @@ def plain_forward(values, arch, row):
     """One row, written down from the equations: no batch, a [T, T] mask. Returns the last normed state."""
     x = values[("embedding",)][row]
     length, features = len(row), arch.head_dim
-    turn = jnp.arange(length)[:, None] / arch.rope_theta ** (jnp.arange(0, features, 2) / features)
+    turn = jnp.arange(length)[:, None] / 10_000.0 ** (jnp.arange(0, features, 2) / features)  # the tiny model's base
     turn = jnp.exp(1j * turn)[:, None, :]
 
     def norm(x, scale):
@@ -127,7 +171,7 @@ def plain_forward(values, arch, row):
         return jnp.concatenate([z.real, z.imag], -1)
 
     def block(x, weights):
-        y = norm(x, weights["input_norm",])
+        y = norm(x, weights["input_norm", "scale"])
         q, k, v = ((y @ weights["attention", p, "kernel"]).reshape(length, -1, features) for p in "qkv")
         groups = arch.num_heads // arch.num_kv_heads
         k, v = (jnp.repeat(a, groups, axis=1) for a in (rotary(k), v))
@@ -135,13 +179,13 @@ def plain_forward(values, arch, row):
         scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -1e30)
         mixed = jnp.einsum("hts,shf->thf", jax.nn.softmax(scores, -1), v).reshape(length, -1)
         x = x + mixed @ weights["attention", "o", "kernel"]
-        y = norm(x, weights["post_norm",])
+        y = norm(x, weights["mlp_norm", "scale"])
         gate, up = (y @ weights["mlp", name, "kernel"] for name in ("gate", "up"))
         return x + (gate / (1 + jnp.exp(-gate)) * up) @ weights["mlp", "down", "kernel"]
 
     stacked = {path[1:]: value for path, value in values.items() if path[0] == "blocks"}
     x, _ = jax.lax.scan(lambda x, weights: (block(x, weights), None), x, stacked)
-    return norm(x[-1], values[("final_norm",)])
+    return norm(x[-1], values["final_norm", "scale"])
 
 
 SHARED = [3, 17, 250]  # tokens that all rows begin with
@@ -216,7 +260,7 @@ def adapted(tiny_model):
 
     @jax.jit
     def forward(state, key):
-        return nnx.merge(graphdef, state)(batch, site="residual", dropout_key=key).states[:, : len(GRADIENT_ROWS)]
+        return nnx.merge(graphdef, state)(batch, sites=("residual",), dropout_key=key).states["residual"][:, :2]
 
     def run(fill, key):
         values = values_of(state)
