@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes  # noqa: F401 - safetensors reads bfloat16 by its dtype
 import numpy as np
 import pytest
 
@@ -78,61 +79,18 @@ def raises_input_error():
     return expect
 
 
-_GGUF_NAMES = {  # llama.cpp's gguf-py, constants.py, MODEL_ARCH.LLAMA
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-
-
-def gguf_name(hub_name: str) -> str:
-    """model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight."""
-    name = hub_name.removesuffix(".weight")
-    if not name.startswith("model.layers."):
-        return _GGUF_NAMES[name] + ".weight"
-    layer, inner = name.removeprefix("model.layers.").split(".", 1)
-    return f"blk.{layer}.{_GGUF_NAMES[inner]}.weight"
-
-
-def pair_rotary_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of q and k: row 2i of a head is the hub's row i, row 2i + 1 the hub's row i + F/2."""
-    features = weight.shape[0] // heads
-    paired = np.empty_like(weight)
-    for head in range(heads):
-        for i in range(features // 2):
-            start = head * features
-            paired[start + 2 * i] = weight[start + i]
-            paired[start + 2 * i + 1] = weight[start + i + features // 2]
-    return paired
-
-
 @pytest.fixture(scope="session")
 def write_gguf(tiny_llama, tiny_tensors) -> Callable[..., Path]:
     """Writes the tiny model as llama.cpp's converter would.
 
-    ``write_gguf(path, tensors=..., quantization="F32", metadata={...})``: hub-named tensors; None in ``metadata``
-    leaves that key out.
+    ``write_gguf(path, tensors=..., quantization="F32", metadata={...}, config={...})``: hub-named tensors; None in
+    ``metadata`` leaves that key out; ``config`` has fields that differ from the tiny model's.
     """
-    from gguf import GGMLQuantizationType, GGUFWriter
-    from gguf.quants import quantize
-
-    config = json.loads((tiny_llama / "config.json").read_text())
+    tiny_config = json.loads((tiny_llama / "config.json").read_text())
     tokenizer = json.loads((tiny_llama / "tokenizer.json").read_text())
     vocabulary = sorted(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
     special = {token["content"] for token in tokenizer["added_tokens"]}
     defaults = {
-        "llama.block_count": config["num_hidden_layers"],
-        "llama.context_length": config["max_position_embeddings"],
-        "llama.embedding_length": config["hidden_size"],
-        "llama.feed_forward_length": config["intermediate_size"],
-        "llama.attention.head_count": config["num_attention_heads"],
-        "llama.attention.head_count_kv": config["num_key_value_heads"],
-        "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-        "llama.rope.freq_base": config["rope_parameters"]["rope_theta"],
-        "llama.rope.dimension_count": config["head_dim"],
-        "llama.vocab_size": config["vocab_size"],
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "smollm",
         "tokenizer.ggml.tokens": vocabulary,
@@ -140,39 +98,11 @@ def write_gguf(tiny_llama, tiny_tensors) -> Callable[..., Path]:
         "tokenizer.ggml.merges": [" ".join(merge) for merge in tokenizer["model"]["merges"]],
     }
 
-    def add(writer, key, value):
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
+    def write(path, *, tensors=None, quantization="F32", metadata=None, config=None):
+        from tests import gguf_writer
 
-    def write(path, *, tensors=None, quantization="F32", metadata=None, arch="llama"):
-        writer = GGUFWriter(path, arch)
-        fields = {**defaults, **(metadata or {})}
-        for key, value in fields.items():
-            if value is not None:
-                add(writer, key, value)
-        heads = {"q_proj": fields["llama.attention.head_count"],
-                 "k_proj": fields["llama.attention.head_count_kv"] or fields["llama.attention.head_count"]}
-        for name, value in (tiny_tensors if tensors is None else tensors).items():
-            kind = name.split(".")[-2]
-            if kind in heads:
-                value = pair_rotary_rows(value, heads[kind])
-            if value.ndim == 1 or quantization == "F32":  # converters leave the norms alone
-                writer.add_tensor(gguf_name(name) if "weight" in name else name, value)
-            else:
-                as_type = GGMLQuantizationType[quantization]
-                writer.add_tensor(gguf_name(name), quantize(value, as_type), raw_dtype=as_type)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return path
+        tensors = tiny_tensors if tensors is None else tensors
+        keys = defaults | (metadata or {})
+        return gguf_writer.write(path, tiny_config | (config or {}), tensors, keys, quantization)
 
     return write

@@ -1,7 +1,7 @@
 """A checkpoint on disk -> a decoder ready to run, with its tokenizer."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +13,13 @@ from jax.sharding import Mesh
 
 from jaxscape.errors import InputError
 from jaxscape.models import sharding, tokenizer
-from jaxscape.models.architecture import Architecture, from_gguf_metadata, from_hf_config
+from jaxscape.models.architecture import Architecture
 from jaxscape.models.decoder import abstract_decoder
+from jaxscape.models.families import from_hf_config
+from jaxscape.models.gguf import GgufFile
 from jaxscape.models.lora import LoraConfig, init_adapter, merge_adapters
-from jaxscape.models.weights import GgufFile, ParamPath, SafetensorsFolder, load_params
+from jaxscape.models.tensor_names import ParamPath
+from jaxscape.models.weights import SafetensorsFolder, TensorFile, load_params
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -40,28 +43,49 @@ class Pretrained(NamedTuple):
 def load_pretrained(path: Path, mesh: Mesh, dtype: str = "float32") -> Pretrained:
     """Loads a hub-format folder or a GGUF file.
 
+    Weights without a tokenizer that can be read load too: token ids run, and the first text raises what is wrong.
+
     Args:
       path: see ``sources.resolve``.
       mesh: where the parameters go.
       dtype: of the parameters and the computation, a name in ``DTYPES``.
 
     Raises:
-      InputError: anything about the checkpoint is unreadable or not implemented.
+      InputError: anything about the configuration or the weights is unreadable or not implemented.
     """
     if dtype not in DTYPES:
         raise InputError(f"config.model.dtype {dtype!r}: choose from {', '.join(DTYPES)}")
-    if path.is_dir():
-        file = SafetensorsFolder(path)
-        arch = from_hf_config(_read_config(path / "config.json"), str(path / "config.json"))
-        tokens = tokenizer.from_folder(path)
-    else:
-        file = GgufFile(path)
-        arch = from_gguf_metadata(file.metadata(), set(file.shapes()), str(path))
-        tokens = tokenizer.from_gguf(file)
+    file, arch, read_tokenizer = _open(path)
+    try:
+        tokens = read_tokenizer()
+    except InputError as error:
+        tokens = tokenizer.unreadable(error)
     graphdef, abstract = abstract_decoder(arch, dtype=DTYPES[dtype])
     wanted = {name: leaf.get_value() for name, leaf in abstract.flat_state()}
-    arrays = load_params(file, arch, wanted, lambda name, value: sharding.place(name, value, mesh))
+    arrays = load_params(file, arch, wanted, mesh)
     return Pretrained(arch, graphdef, with_values(abstract, arrays), tokens)
+
+
+def read_architecture(path: Path) -> Architecture:
+    """What the decoder of a folder or a GGUF file looks like, without its weights.
+
+    Raises:
+      InputError: the configuration is unreadable or not implemented.
+    """
+    return _read_folder(path) if path.is_dir() else GgufFile(path).architecture()
+
+
+def _open(path: Path) -> tuple[TensorFile, Architecture, Callable[[], tokenizer.PromptTokenizer]]:
+    """(tensors, architecture, what reads the tokenizer) of a checkpoint."""
+    if path.is_dir():
+        arch = _read_folder(path)
+        return SafetensorsFolder(path), arch, lambda: tokenizer.from_folder(path)
+    file = GgufFile(path)
+    return file, file.architecture(), lambda: tokenizer.from_gguf(file)
+
+
+def _read_folder(path: Path) -> Architecture:
+    return from_hf_config(_read_config(path / "config.json"), str(path / "config.json"))
 
 
 def _read_config(path: Path) -> dict:

@@ -1,7 +1,9 @@
 """Where a checkpoint comes from: the packaged model, a local folder or GGUF file, or a hub."""
 
 import hashlib
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +30,11 @@ PACKAGED = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     )
 }
-_HUB_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer*", "special_tokens_map.json")
+_WEIGHTS = "model.safetensors"
+_HUB_FILES = (
+    "config.json", f"{_WEIGHTS}.index.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tekken.json",
+)  # fmt: skip
 
 
 def cache_folder() -> Path:
@@ -42,13 +48,14 @@ def resolve(source: str) -> Path:
     """Finds a checkpoint on disk, fetching it first where it is named by package or hub.
 
     Args:
-      source: a name in ``PACKAGED``, "hub:org/name", or the path of a hub-format folder or of a GGUF file.
+      source: a name in ``PACKAGED``; the path of a hub-format folder or of a GGUF file; or "hub:org/name" or
+        "hub:org/name/file.gguf", either with "@revision" (a branch, tag or commit; none: the main branch).
 
     Returns:
       The GGUF file or the folder.
 
     Raises:
-      InputError: nothing is there, it cannot be fetched, or its hash is wrong.
+      InputError: nothing is there, it cannot be fetched or may not be, or its hash is wrong.
     """
     if source in PACKAGED:
         return _packaged(PACKAGED[source])
@@ -65,6 +72,12 @@ def resolve(source: str) -> Path:
     return path
 
 
+def commit_of(path: Path) -> str | None:
+    """The commit that a folder or file of the hub's cache is a snapshot of; None for anything else on disk."""
+    return next((part for parent, part in itertools.pairwise(path.parts)
+                 if parent == "snapshots" and re.fullmatch("[0-9a-f]{40}", part)), None)  # fmt: skip
+
+
 def fingerprint(path: Path) -> str:
     """SHA-256 over the names and contents of a checkpoint's files."""
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in {".json", ".safetensors"})
@@ -75,6 +88,9 @@ def fingerprint(path: Path) -> str:
 
 
 def _sha256(file: Path) -> str:
+    blob = file.resolve()
+    if file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name  # the hub's cache names large files by their hash
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -124,17 +140,71 @@ def _fetch(model: PackagedModel, path: Path) -> None:
         os.replace(partial, path)
 
 
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+class _HubName(NamedTuple):
+    """``org/name[/file.gguf][@revision]``."""
 
+    repo: str
+    file: str | None
+    revision: str | None
+
+    def __str__(self):
+        return f"hub:{self.repo}" + (f"/{self.file}" if self.file else "")
+
+
+def _parse(name: str) -> _HubName:
+    match = re.fullmatch(r"([^@/]+(?:/[^@/]+)?)(?:/([^@]+\.gguf))?(?:@([^@]+))?", name)
+    if not match:
+        raise InputError(f"config.model.source 'hub:{name}': give hub:org/name, hub:org/name/file.gguf, "
+                         "or either with @revision (a branch, tag or commit)")
+    return _HubName(*match.groups())
+
+
+def _from_hub(text: str) -> Path:
+    from huggingface_hub import constants, errors
+
+    name = _parse(text)
+    page = f"{constants.ENDPOINT}/{name.repo}"
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except HFValidationError as error:
-        raise InputError(f"config.model.source 'hub:{name}': {error}") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        path = _fetch_file(name) if name.file else _fetch_folder(name)
+    except errors.HFValidationError as error:
+        raise InputError(f"config.model.source 'hub:{text}': {error}") from None
+    except errors.GatedRepoError:
+        raise InputError(f"{name} is gated: request access at {page}, log in with `hf auth login` (or set HF_TOKEN) "
+                         "as who was given it, and run again") from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(f"{name}: no such model at {page}, or it is private; check the name and, "
+                         "for a private one, `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"{name} has no revision {name.revision!r}; give a branch, tag or commit of {page}") from None
+    except errors.RemoteEntryNotFoundError:
+        raise InputError(f"{name}: {page} has no such file at revision {name.revision or 'main'}") from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"cannot fetch hub:{name} ({first}); check the network, the name and, for a gated model, `hf auth login`, "
+            f"cannot fetch {name} ({first}); check the network, the name and, for a gated model, `hf auth login`, "
             "or set config.model.source to a folder on disk"
         ) from None
+    print(f"{name}@{name.revision or 'main'}: commit {commit_of(path)}", flush=True)
+    return path
+
+
+def _fetch_file(name: _HubName) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name.repo, name.file, revision=name.revision))
+
+
+def _fetch_folder(name: _HubName) -> Path:
+    """The files that are read and no others: repositories hold the same weights in several formats."""
+    from huggingface_hub import snapshot_download
+
+    from jaxscape.models.weights import shard_names  # which brings JAX; nothing else here needs it
+
+    folder = Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=list(_HUB_FILES)))
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name} has no config.json; for a GGUF file give hub:{name.repo}/FILE.gguf")
+    index = folder / f"{_WEIGHTS}.index.json"
+    shards = shard_names(index) if index.is_file() else [_WEIGHTS]
+    if all((folder / shard).is_file() for shard in shards):
+        return folder
+    return Path(snapshot_download(name.repo, revision=commit_of(folder), allow_patterns=shards))

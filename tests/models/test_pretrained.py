@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxscape.collect.collector import plan_collection, run_piece
+from jaxscape.collect import collect
+from jaxscape.collect.planning import plan_facts
 from jaxscape.data.bank import load_bank
 from jaxscape.data.batches import BatchShape, pack
 from jaxscape.data.prompts import build_prompts
-from jaxscape.models.pretrained import load_pretrained, values_of, with_values
+from jaxscape.models.pretrained import load_pretrained, read_architecture, values_of, with_values
 from jaxscape.models.sharding import make_mesh
 from jaxscape.models.sources import PACKAGED, cache_folder
 
@@ -43,15 +44,10 @@ def in_pytorch(model, tokens):
     return np.stack([state[0, -1].numpy() for state in after]), logits
 
 
-def collect(model, tokens, groups, answers, budget=1024):
-    """States [L, N, D] and logits [N, C] as a condition is collected: shared prefixes, packed batches."""
-    plan = plan_collection(tokens, groups, budget)
-    states = np.empty((model.arch.num_layers, len(tokens), model.arch.width), np.float32)
-    logits = np.empty((len(tokens), len(answers)), np.float32)
-    for piece in range(len(plan.pieces)):
-        for rows, some_states, some_logits in run_piece(model, plan, piece, answers, "residual"):
-            states[:, rows], logits[rows] = some_states, some_logits
-    return plan, states, logits
+def saved_tokens(collected):
+    """Tokens of the prompts that didn't run, as a prefix that did has them."""
+    facts = plan_facts(collected.plan)
+    return facts["prompt_tokens"] - facts["tokens_run"]
 
 
 def assert_same_predictions(found, expected):
@@ -94,33 +90,27 @@ def fresh(request, tiny_llama, tmp_path_factory):
     return theirs, load_pretrained(folder, make_mesh())
 
 
-def random_prompts(groups=4, each=6):
-    """Prompts [20, 80) tokens long; those of a group share 12 or more at the start."""
-    rng = np.random.default_rng(3)
-    prompts, names = [], []
+def random_prompts(groups=3, each=8):
+    """Prompts [128, 210) tokens long; those of a group share 120 or more at the start."""
+    rng, prompts = np.random.default_rng(3), []
     for group in range(groups):
-        shared = rng.integers(0, 384, 12 + 5 * group).tolist()
-        for _ in range(each):
-            prompts.append(shared + rng.integers(0, 384, rng.integers(8, 50)).tolist())
-            names.append(str(group))
-    return prompts, names
+        shared = rng.integers(0, 384, 120 + 20 * group).tolist()
+        prompts += [shared + rng.integers(0, 384, rng.integers(8, 50)).tolist() for _ in range(each)]
+    return prompts
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared prefixes", "whole prompts"])
 def test_fresh_checkpoint_runs_as_in_pytorch(fresh, shared):
     theirs, ours = fresh
-    prompts, groups = random_prompts()
-    if not shared:  # a group of one shares nothing
-        groups = [str(number) for number in range(len(prompts))]
-        prompts, groups = prompts[::3], groups[::3]
-    answers = np.arange(384, dtype=np.int32)
-    plan, states, logits = collect(ours, prompts, groups, answers, 512)
-    assert all(length >= 12 for length in plan.prefix_lengths) == shared
+    prompts = random_prompts() if shared else random_prompts(8, 1)
+    found = collect(ours, prompts, token_budget=512, logits="vocabulary", progress=False)
+    assert (saved_tokens(found) > 0) == shared
     expected = [in_pytorch(theirs, prompt) for prompt in prompts]
+    states = np.asarray(found)
     worst = max(relative(states[:, i], e[0]).max() for i, e in enumerate(expected))
     assert worst < BOUND
-    assert relative(logits, [e[1] for e in expected]).max() < BOUND
-    assert_same_predictions(logits, np.stack([e[1] for e in expected]))
+    assert relative(found.logits, [e[1] for e in expected]).max() < BOUND
+    assert_same_predictions(found.logits, np.stack([e[1] for e in expected]))
 
 
 def test_gradient_of_a_loss_is_pytorchs(fresh):
@@ -128,7 +118,7 @@ def test_gradient_of_a_loss_is_pytorchs(fresh):
     import torch
 
     theirs, ours = fresh
-    rows, targets = [prompt[:20] for prompt in random_prompts(2, 1)[0]], [5, 300]
+    rows, targets = [prompt[:20] for prompt in random_prompts(2, 1)], [5, 300]
     theirs.zero_grad()
     for row, target in zip(rows, targets, strict=True):
         torch.nn.functional.cross_entropy(theirs(torch.tensor([row])).logits[0, -1:], torch.tensor([target])).backward()
@@ -146,9 +136,9 @@ def test_gradient_of_a_loss_is_pytorchs(fresh):
     attention, mlp = layer.self_attn, layer.mlp
     pairs = {
         ("embedding",): theirs.model.embed_tokens.weight.grad,
-        ("final_norm",): theirs.model.norm.weight.grad,
-        ("blocks", "input_norm"): layer.input_layernorm.weight.grad,
-        ("blocks", "post_norm"): layer.post_attention_layernorm.weight.grad,
+        ("final_norm", "scale"): theirs.model.norm.weight.grad,
+        ("blocks", "input_norm", "scale"): layer.input_layernorm.weight.grad,
+        ("blocks", "mlp_norm", "scale"): layer.post_attention_layernorm.weight.grad,
         **{("blocks", "attention", p, "kernel"): getattr(attention, f"{p}_proj").weight.grad.T for p in "qkvo"},
         **{("blocks", "mlp", p, "kernel"): getattr(mlp, f"{p}_proj").weight.grad.T for p in ("gate", "up", "down")},
     }
@@ -181,11 +171,46 @@ def test_folder_without_config_is_refused(tmp_path, tiny_llama, raises_input_err
 
 
 def test_collected_golden_prompts_are_pytorchs(tiny_model, golden):
-    answers = np.array(tiny_model.tokenizer.answer_ids(), np.int32)
-    for groups in ("abcde", "aaaaa", "abcab"):
-        _, states, logits = collect(tiny_model, [g.tokens for g in golden], list(groups), answers)
-        assert max(relative(states[:, i], g.states["residual"]).max() for i, g in enumerate(golden)) < BOUND
-        np.testing.assert_allclose(logits, [g.logits[answers] for g in golden], atol=1e-4)
+    found = collect(tiny_model, [g.tokens for g in golden], logits="vocabulary", progress=False)
+    states = np.asarray(found)
+    assert max(relative(states[:, i], g.states["residual"]).max() for i, g in enumerate(golden)) < BOUND
+    np.testing.assert_allclose(found.logits, [g.logits for g in golden], atol=1e-4)
+
+
+# Tokenizers that cannot be read
+
+
+@pytest.fixture
+def without_tokenizer(tiny_llama, tmp_path):
+    """A hub-format folder of weights and a configuration alone."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny_llama / name).read_bytes())
+    return tmp_path
+
+
+def test_weights_without_a_tokenizer_run_token_ids(without_tokenizer, golden):
+    model = load_pretrained(without_tokenizer, make_mesh())
+    states = np.asarray(collect(model, [g.tokens for g in golden], progress=False))
+    assert relative(states[:, 0], golden[0].states["residual"]).max() < BOUND
+
+
+def test_weights_without_a_tokenizer_refuse_texts(without_tokenizer, raises_input_error):
+    model = load_pretrained(without_tokenizer, make_mesh())
+    with raises_input_error(str(without_tokenizer), "it needs tokenizer.json"):
+        collect(model, ["a text"], progress=False)
+
+
+def test_gguf_whose_tokenizer_is_not_implemented_runs_token_ids(write_gguf, tmp_path, golden, raises_input_error):
+    model = load_pretrained(write_gguf(tmp_path / "x.gguf", metadata={"tokenizer.ggml.pre": "viking"}), make_mesh())
+    states = np.asarray(collect(model, [g.tokens for g in golden], progress=False))
+    assert max(relative(states[:, i], g.states["residual"]).max() for i, g in enumerate(golden)) < BOUND
+    with raises_input_error("tokenizer.ggml.pre 'viking'"):
+        model.tokenizer.encode(["a text"])
+
+
+def test_architecture_is_read_without_weights(tiny_model, tiny_llama, write_gguf, tmp_path):
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    assert read_architecture(tmp_path) == read_architecture(write_gguf(tmp_path / "x.gguf")) == tiny_model.arch
 
 
 # The packaged model
@@ -216,8 +241,9 @@ def test_packaged_model_answers_the_bank_as_in_pytorch(packaged, shots, each, re
     assert len(asked) == 12 * each
     tokens = ours.tokenizer.encode([p.text for p in build_prompts(asked, dev, shots)])
     answers = np.array(ours.tokenizer.answer_ids(), np.int32)
-    plan, states, logits = collect(ours, tokens, [q.subject for q in asked], answers)
-    assert min(plan.prefix_lengths) > (100 if shots else 5)
+    collected = collect(ours, tokens, logits="vocabulary", progress=False)
+    assert saved_tokens(collected) > (10_000 if shots else 500)
+    states, logits = np.asarray(collected), collected.logits[:, answers]
     expected = [in_pytorch(theirs, row) for row in tokens]
     errors = np.stack([relative(states[:, i], e[0]) for i, e in enumerate(expected)])
     letters = np.stack([e[1][answers] for e in expected])

@@ -1,16 +1,20 @@
-import fnmatch
 import hashlib
+import http.server
 import importlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from jaxscape.models.sources import PACKAGED, PackagedModel, cache_folder, fingerprint, resolve
+from jaxscape.models.sources import PACKAGED, PackagedModel, cache_folder, commit_of, fingerprint, resolve
 
 CONTENT = b"GGUF but not really" * 100
 FAKE = PackagedModel("jaxscape-fake-model==1.0", "fake_model/weights.gguf", hashlib.sha256(CONTENT).hexdigest())
@@ -196,25 +200,199 @@ def test_hub_cache_resolves_offline(offline, tiny_llama):
     (offline / "models--org--name" / "refs").mkdir()
     (offline / "models--org--name" / "refs" / "main").write_text("0" * 40)
     assert resolve("hub:org/name") == snapshot
+    assert resolve(f"hub:org/name@{'0' * 40}") == snapshot
 
 
-@pytest.mark.parametrize("name", ["", "bad name!!", "a/b/c", "-x/y"])
+@pytest.mark.parametrize("name", ["", "bad name!!", "a/b/c", "-x/y", "a/b@", "@main", "a/b/c.gguf@x@y"])
 def test_impossible_hub_name_is_refused(name, offline, raises_input_error):
     with raises_input_error(f"'hub:{name}'"):
         resolve(f"hub:{name}")
 
 
-def test_hub_without_a_server_is_one_line(tmp_path):
-    """In a process of its own, through the real client, against a port where nobody listens."""
+COMMIT, OLDER = "c0ffee" + "0" * 34, "decade" + "0" * 34
+SHARDS = {f"model-0000{i}-of-00002.safetensors": bytes([i]) * size for i, size in ((1, 25 << 20), (2, 1000))}
+FILES = {
+    "config.json": b"{}",
+    "tokenizer.json": b'{"tokens": 1}',
+    "tokenizer_config.json": b"{}",
+    "model.safetensors.index.json": json.dumps({"weight_map": dict.fromkeys("ab", min(SHARDS)) | {"c": max(SHARDS)}}),
+    "consolidated.safetensors": b"the same weights again",
+    "pytorch_model.bin": b"and again",
+    "model.Q4_0.gguf": b"GGUF" * 100,
+    "README.md": b"# words",
+    **SHARDS,
+}
+FILES = {name: content.encode() if isinstance(content, str) else content for name, content in FILES.items()}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The endpoints of a hub that its client asks when it fetches a snapshot, and their headers.
+
+    ``org/name`` has a branch, a tag and a commit; ``org/gated`` and ``org/untold`` refuse as the hub does. The first
+    transfer of the first shard breaks off in the middle.
+    """
+
+    protocol_version = "HTTP/1.1"
+    asked: ClassVar[list[tuple[str, str, str | None]]] = []
+    broken: ClassVar[set[str]] = set()
+    revisions: ClassVar[dict[str, str]] = {"main": COMMIT, "v1": OLDER, COMMIT: COMMIT, OLDER: OLDER}
+
+    def log_message(self, *_arguments):
+        pass
+
+    def refuse(self, status, code, message):
+        self.answer(status, json.dumps({"error": message}).encode(), {"X-Error-Code": code, "X-Error-Message": message})
+
+    def answer(self, status, body, headers):
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        self.asked.append((self.command, self.path, self.headers.get("Range")))
+        path = self.path.partition("?")[0].removeprefix("/api/models").strip("/")
+        repo, _, rest = path.replace("/revision/", "/resolve/").replace("/tree/", "/resolve/").partition("/resolve/")
+        revision, _, file = rest.partition("/")
+        if repo == "org/gated" and (file or "/tree/" in self.path):
+            self.refuse(403, "GatedRepo", "Access to model org/gated is restricted.")
+        elif repo not in ("org/name", "org/gated"):
+            self.refuse(401, "RepoNotFound", "Repository not found")
+        elif revision not in self.revisions:
+            self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        elif file:
+            self.send_file(file, self.revisions[revision])
+        else:
+            commit = self.revisions[revision]
+            siblings = [{"rfilename": name} for name in FILES]
+            info = {"id": repo, "modelId": repo, "sha": commit, "siblings": siblings, "tags": [], "private": False}
+            tree = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in FILES.items()]
+            body = json.dumps(tree if "/tree/" in self.path else info).encode()
+            self.answer(200, body, {"Content-Type": "application/json"})
+
+    def send_file(self, name, commit):
+        if name not in FILES:
+            return self.refuse(404, "EntryNotFound", "Entry not found")
+        content = FILES[name]
+        headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit,
+                   "Accept-Ranges": "bytes"}  # fmt: skip
+        start = int(re.fullmatch(r"bytes=(\d+)-.*", self.headers.get("Range") or "bytes=0-")[1])
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if self.command == "GET" and name == min(SHARDS) and name not in self.broken:
+            self.broken.add(name)
+            self.send_response(200)
+            for key, value in (headers | {"Content-Length": str(len(content))}).items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+            return None
+        return self.answer(206 if start else 200, content[start:], headers)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    """A hub on this machine; yields its address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def resolve_apart(source, endpoint, home, **environment):
+    """``resolve`` in a process of its own, through the real client: what it printed, and the path or the error."""
     code = (
-        "from jaxscape.errors import InputError\nfrom jaxscape.models.sources import resolve\n"
-        "try:\n    resolve('hub:org/name')\nexcept InputError as error:\n    print(error)\n"
+        "import sys\nfrom jaxscape.errors import InputError\nfrom jaxscape.models.sources import resolve\n"
+        "try:\n    print('PATH', resolve(sys.argv[1]))\nexcept InputError as error:\n    print('ERROR', error)\n"
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {
-        "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2]),
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment = inherited | {
+        "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2]), **environment,
     }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("cannot fetch hub:org/name (") and done.stdout.count("\n") == 1
+    done = subprocess.run([sys.executable, "-c", code, source], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()
+
+
+@pytest.fixture(scope="module")
+def fetched(hub, tmp_path_factory):
+    """(folder of the hub's cache, what was said, snapshot) of ``hub:org/name``."""
+    home = tmp_path_factory.mktemp("hf")
+    Hub.asked.clear()
+    *said, last = resolve_apart("hub:org/name", hub, home)
+    assert last.startswith("PATH "), last
+    return home, said, Path(last.removeprefix("PATH "))
+
+
+def test_hub_fetches_what_is_read_and_no_more(fetched):
+    _, _, snapshot = fetched
+    unread = {"consolidated.safetensors", "pytorch_model.bin", "model.Q4_0.gguf", "README.md"}
+    assert {file.name for file in snapshot.iterdir()} == set(FILES) - unread
+    assert all((snapshot / name).read_bytes() == FILES[name] for name in set(FILES) - unread)
+
+
+def test_hub_says_which_commit_it_is(fetched):
+    _, said, snapshot = fetched
+    assert f"hub:org/name@main: commit {COMMIT}" in said
+    assert commit_of(snapshot) == commit_of(snapshot / "config.json") == COMMIT
+    assert commit_of(Path(__file__)) is None
+
+
+def test_broken_transfer_is_taken_up_where_it_broke(fetched):
+    asked = [found for command, path, found in Hub.asked if command == "GET" and path.endswith(min(SHARDS))]
+    assert len(asked) == 2
+    start = int(asked[1].removeprefix("bytes=").split("-")[0])
+    assert 0 < start <= len(SHARDS[min(SHARDS)]) // 2  # the client keeps whole pieces of 10 MiB
+
+
+def test_hub_serves_from_its_cache_offline(fetched, tmp_path):
+    home, _, snapshot = fetched
+    assert resolve_apart("hub:org/name", "http://127.0.0.1:9", home)[-1] == f"PATH {snapshot}"
+    assert resolve_apart("hub:org/name", "http://127.0.0.1:9", home, HF_HUB_OFFLINE="1")[-1] == f"PATH {snapshot}"
+
+
+def test_fingerprint_of_a_snapshot_is_that_of_its_files(fetched, tmp_path):
+    shutil.copytree(fetched[2], tmp_path / "copy")
+    assert fingerprint(fetched[2]) == fingerprint(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("source", ["hub:org/name@v1", f"hub:org/name/model.Q4_0.gguf@{OLDER}"])
+def test_hub_revision_is_pinned(source, hub, tmp_path):
+    *said, last = resolve_apart(source, hub, tmp_path)
+    assert OLDER in said[-1]
+    assert commit_of(Path(last)) == OLDER
+    path = Path(last.removeprefix("PATH "))
+    assert (path if path.is_file() else path / "model.Q4_0.gguf").exists() == ("gguf" in source)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("hub:org/gated", ("hub:org/gated is gated", "request access at http://127.0.0.1", "hf auth login")),
+        ("hub:org/gated/x.gguf", ("hub:org/gated/x.gguf is gated", "/org/gated", "hf auth login")),
+        ("hub:org/nothing", ("hub:org/nothing: no such model", "private", "hf auth login")),
+        ("hub:org/name@v9", ("hub:org/name has no revision 'v9'", "branch, tag or commit")),
+        ("hub:org/name/other.gguf", ("hub:org/name/other.gguf", "no such file", "revision main")),
+    ],
+)
+def test_hub_refusals_say_what_to_do(source, words, hub, tmp_path):
+    (line,) = resolve_apart(source, hub, tmp_path)
+    assert line.startswith("ERROR ")
+    assert [word for word in words if word not in line] == [], line
+
+
+def test_hub_without_a_server_is_one_line(tmp_path):
+    (line,) = resolve_apart("hub:org/name", "http://127.0.0.1:9", tmp_path)
+    assert line.startswith("ERROR cannot fetch hub:org/name (")
 
 
 # Fingerprints
@@ -252,22 +430,3 @@ def test_fingerprint_of_a_file_follows_its_bytes(tmp_path):
     before = fingerprint(file)
     file.write_bytes(b"two")
     assert fingerprint(file) != before and len(before) == 64
-
-
-@pytest.mark.parametrize(
-    ("file", "wanted"),
-    [("config.json", True), ("model-00001-of-00002.safetensors", True), ("model.safetensors.index.json", True),
-     ("tokenizer.json", True), ("tokenizer_config.json", True), ("pytorch_model.bin", False), ("model.onnx", False)],
-)  # fmt: skip
-def test_only_what_is_read_is_fetched_from_the_hub(file, wanted, monkeypatch, tmp_path):
-    import huggingface_hub
-
-    asked = {}
-
-    def snapshot(_name, **options):
-        asked.update(options)
-        return tmp_path
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    resolve("hub:org/name")
-    assert any(fnmatch.fnmatch(file, pattern) for pattern in asked["allow_patterns"]) == wanted
