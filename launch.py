@@ -3,6 +3,7 @@
     python launch.py                                             # the quickstart
     python launch.py --config=configs/mmlu10_smollm2.py --workdir=workdirs/mmlu10
     python launch.py --config.collect.site=input_norm --workdir=workdirs/norm --stages=collect,landscape
+    python launch.py --dry_run --config.model.source=FOLDER --assume_kind=H100 --assume_devices=8
 """
 
 import os
@@ -19,6 +20,12 @@ from jaxscape.errors import InputError
 _HERE = Path(__file__).resolve().parent
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment; default: workdirs/<name of the config>.")
 _STAGES = flags.DEFINE_list("stages", ["collect", "finetune", "landscape", "report"], "What to run, if not yet done.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan: memory, batches, time. Nothing is loaded or written.")
+_ASSUME_KIND = flags.DEFINE_string("assume_kind", None, "With --dry_run: plan for this device, say H100.")
+_ASSUME_DEVICES = flags.DEFINE_integer("assume_devices", 1, "With --assume_kind: how many there are.")
+_ASSUME_MEMORY = flags.DEFINE_float("assume_memory_gb", 0.0, "With --assume_kind: memory of one; 0: as it is sold.")
+_TFLOPS = flags.DEFINE_float("device_tflops", 0.0, "With --dry_run: 10^12 operations a second of one device; 0: known.")
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes that the cluster started on other hosts.")
 
 
 def main(argv: list[str]) -> None:
@@ -37,11 +44,38 @@ def main(argv: list[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workspace = Workspace(Path(_WORKDIR.value or Path("workdirs") / name), config.to_dict())
     runtime.configure(cache_folder() / "compiled")
+    if (processes := runtime.start_distributed(_DISTRIBUTED.value)) > 1:  # results lie on devices of other hosts
+        raise InputError(f"{processes} processes joined, but an experiment runs in one; run it on one host, without "
+                         "--distributed and JAX_COORDINATOR_ADDRESS")
     experiment = Experiment(config, workspace)
+    if _DRY_RUN.value:
+        print(_plan(experiment))
+        return
     experiment.checkpoint()  # a mistaken path must not claim the folder for its configuration
     with workspace.locked():
         experiment.run(_STAGES.value)
     print(f"done in {time.perf_counter() - started:.0f} s, workdir {workspace.root}")
+
+
+def _check_plan_flags() -> None:
+    """Refuses flags that would be ignored."""
+    for flag, needed in ((_ASSUME_KIND, _DRY_RUN), (_TFLOPS, _DRY_RUN), (_ASSUME_DEVICES, _ASSUME_KIND),
+                         (_ASSUME_MEMORY, _ASSUME_KIND)):  # fmt: skip
+        if flag.present and not needed.value:
+            raise InputError(f"--{flag.name} goes with --{needed.name}")
+    if _TFLOPS.value < 0:
+        raise InputError(f"--device_tflops={_TFLOPS.value}: must be positive")
+
+
+def _plan(experiment) -> str:
+    from jaxscape import dry_run
+    from jaxscape.models.mesh import local_devices
+
+    if _ASSUME_KIND.value:
+        devices = dry_run.assumed_devices(_ASSUME_KIND.value, _ASSUME_DEVICES.value, _ASSUME_MEMORY.value)
+    else:
+        devices = local_devices()
+    return dry_run.describe(experiment, devices, _TFLOPS.value)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -50,6 +84,7 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         config_flags.DEFINE_config_file("config", default, "The experiment; --config.FIELD=VALUE changes it.")
         rest = flags.FLAGS(argv)
+        _check_plan_flags()
         _check_fields(flags.FLAGS.config, quickstart.get_config())  # a file not loaded says so only when it is used
         return rest
     except (KeyError, AttributeError) as error:

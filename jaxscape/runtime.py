@@ -1,7 +1,9 @@
-"""The process's JAX: compilation cache, matmul precision, what runs where."""
+"""The process's JAX: compilation cache, matmul precision, several hosts, what runs where."""
 
 import importlib.metadata
+import os
 import platform
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxscape.errors import InputError
@@ -9,6 +11,9 @@ from jaxscape.errors import InputError
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "transformers", "tokenizers", "gguf", "numpy",
 )
+# JAX takes three quarters of a GPU's memory unless told; ``models.mesh`` counts on nine tenths.
+_GPU_MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 
 
 def configure(cache: Path, matmul_precision: str = "float32") -> None:
@@ -21,6 +26,8 @@ def configure(cache: Path, matmul_precision: str = "float32") -> None:
     Raises:
       InputError: the folder cannot be made.
     """
+    if not any(name in os.environ for name in _GPU_MEMORY):
+        os.environ[_GPU_MEMORY[0]] = "0.9"
     import jax
 
     try:
@@ -28,8 +35,74 @@ def configure(cache: Path, matmul_precision: str = "float32") -> None:
     except OSError as error:
         raise InputError(f"{cache}: cannot make this folder ({error.strerror}); set JAXSCAPE_CACHE") from None
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # a dozen shapes of 0.3 s each add up
     jax.config.update("jax_default_matmul_precision", matmul_precision)
+
+
+def start_distributed(asked: bool = False) -> int:
+    """Joins the processes of several hosts, where there are any.
+
+    Args:
+      asked: find the others by the cluster's own means (TPU pods, SLURM, Open MPI, Kubernetes); else only where
+        JAX_COORDINATOR_ADDRESS names the first process, with JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+    Returns:
+      How many processes there are.
+
+    Raises:
+      InputError: there is nobody to join, or a number is missing.
+    """
+    if not asked and _COORDINATOR not in os.environ:
+        return 1
+    import jax
+
+    numbers = {}
+    if _COORDINATOR in os.environ:
+        for argument, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
+            if (value := os.environ.get(name)) is not None:
+                if not value.isdigit():
+                    raise InputError(f"{name}={value!r}: must be a number of 0 or more")
+                numbers[argument] = int(value)
+    try:
+        jax.distributed.initialize(**numbers)
+    except (ValueError, RuntimeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"cannot join other processes ({first}); set {_COORDINATOR}, JAX_NUM_PROCESSES and "
+                         "JAX_PROCESS_ID, or leave --distributed out") from None
+    return jax.process_count()
+
+
+def choose_mesh(arch, config, prompts: Mapping[str, Sequence], training: Sequence[str] = (), devices=None):
+    """The mesh of an experiment, by memory: a ``models.mesh.MeshChoice``.
+
+    Its prompts are not tokenised yet, so that the batches are an estimate from their texts.
+
+    Args:
+      arch: the model's ``Architecture``.
+      config: ``mesh`` has the axes that are set (0: to be chosen), ``collect`` the token budget.
+      prompts: ``Prompt``s of each condition.
+      training: texts of fine-tuning; () where there is none.
+      devices: ``models.mesh.Devices``; None: those that JAX has.
+
+    Raises:
+      InputError: the model doesn't fit, or the axes that are set don't fit the devices.
+    """
+    from jaxscape.models import memory, mesh
+    from jaxscape.models.pretrained import DTYPES
+    from jaxscape.models.sharding import MeshShape
+
+    if config.model.dtype not in DTYPES:
+        raise InputError(f"config.model.dtype {config.model.dtype!r}: choose from {', '.join(DTYPES)}")
+    everything = [prompt for of_condition in prompts.values() for prompt in of_condition]
+    texts, prefixes = [prompt.text for prompt in everything], [prompt.prefix for prompt in everything]
+    work, step = memory.rough_work(texts, prefixes, config.collect.token_budget, arch), None
+    if training:
+        longest, batch = memory.rough_tokens(training, arch), config.finetune.batch_size
+        step = memory.Training(
+            longest * batch, batch, longest, config.finetune.method == "full", config.finetune.remat
+        )
+    needs = mesh.Needs(arch, DTYPES[config.model.dtype], work, step)
+    return mesh.choose_shape(needs, devices or mesh.local_devices(), MeshShape(**config.mesh))
 
 
 def describe() -> dict[str, str]:

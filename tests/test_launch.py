@@ -4,6 +4,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,7 +66,7 @@ def test_interrupted_and_killed_for_real_and_run_again_gives_the_same_bits(
     tmp_path, cache, tmp_path_factory, raises_input_error
 ):
     root = tmp_path / "workdir"
-    run = start_until(command(root), "collect 2shot:", cache)
+    run = start_until(command(root), "collect pretrained:", cache)
     with raises_input_error(str(root), "in use by another run", f"process {run.pid}", "--workdir"):
         run_here(small_config(), root)
     run.send_signal(signal.SIGINT)
@@ -80,7 +81,7 @@ def test_interrupted_and_killed_for_real_and_run_again_gives_the_same_bits(
 
     done = launching.launch(command(root), cache)
     assert done.returncode == 0, done.stderr
-    assert "collect 0shot:" not in done.stderr  # was finished before
+    assert "collect pretrained:" not in done.stderr  # was finished before
     assert without_bars(done.stderr) == []
     assert f"report: {root / 'report' / 'index.html'}" in done.stdout and "seconds: collect 0shot" in done.stdout
     assert differences(contents(root), contents(unbroken(tmp_path_factory))) == []
@@ -106,7 +107,8 @@ def without_jax(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProces
 def test_help_lists_the_flags_and_imports_nothing_heavy():
     done = without_jax("--help")
     assert "heavy: []" in done.stdout
-    for word in ("python launch.py --config=", "--config:", "--stages:", "--workdir:", "collect,finetune,landscape"):
+    for word in ("python launch.py --config=", "--config:", "--stages:", "--workdir:", "collect,finetune,landscape",
+                 "dry_run:", "--assume_kind:", "distributed:"):  # fmt: skip
         assert word in done.stdout
     assert done.stderr == ""
 
@@ -138,6 +140,12 @@ _FILES = {
         (["--config=FOLDER/syntax.py"], ["--config", "SyntaxError", "syntax.py, line 1"]),
         (["--config=FOLDER/empty.py"], ["get_config"]),
         (["--stagse=collect"], ["stagse"]),
+        (["--assume_kind=H100"], ["--assume_kind", "--dry_run"]),
+        (["--device_tflops=100"], ["--device_tflops", "--dry_run"]),
+        (["--dry_run", "--assume_devices=8"], ["--assume_devices", "--assume_kind"]),
+        (["--dry_run", "--assume_memory_gb=80"], ["--assume_memory_gb", "--assume_kind"]),
+        (["--dry_run", "--device_tflops=-1"], ["--device_tflops=-1"]),
+        (["--assume_devices=many"], ["assume_devices"]),
     ],
     ids=lambda value: value[0] if str(value[0]).startswith("--") else "",
 )  # fmt: skip
@@ -149,6 +157,38 @@ def test_mistake_in_the_flags_is_one_line_before_anything_heavy(arguments, words
     assert done.returncode == 1 and "heavy: []" in done.stdout
     one_line(done.stderr, *words)
     assert not root.exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, tiny_llama):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):  # no weights
+        shutil.copy(tiny_llama / file, folder)
+    arguments = command(tmp_path / "workdir", "--dry_run", "--assume_kind=H100", "--assume_devices=2",
+                        config=small_config(model__source=str(folder)))  # fmt: skip
+    done = launching.launch(arguments, tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    for word in ("model: model (llama)", "2 x H100", "collect 0shot + 2shot", "collect sft", "fine-tuning (lora)",
+                 "estimate:"):  # fmt: skip
+        assert word in done.stdout, done.stdout
+    assert without_bars(done.stderr) == []
+    assert not (tmp_path / "workdir").exists()
+
+
+def test_several_processes_are_refused_by_each(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        joined = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    started = [
+        subprocess.Popen(
+            command(tmp_path / "workdir"), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            env=launching.environment(tmp_path / "cache", **joined, JAX_PROCESS_ID=str(number)),
+        ) for number in range(2)
+    ]  # fmt: skip
+    for run in started:
+        one_line(run.communicate(timeout=120)[1], "2 processes joined", "--distributed", "JAX_COORDINATOR_ADDRESS")
+        assert run.returncode == 1
+    assert not (tmp_path / "workdir").exists()
 
 
 def test_packaged_model_without_a_network_is_one_line(tmp_path):

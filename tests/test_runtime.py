@@ -1,3 +1,5 @@
+import os
+import socket
 import subprocess
 import sys
 
@@ -5,28 +7,99 @@ import jax
 import pytest
 
 from jaxscape import runtime
-from tests.launching import ROOT, environment
+from jaxscape.data.prompts import Prompt
+from jaxscape.models.mesh import Devices
+from tests.launching import ROOT, environment, small_config
+from tests.models.on_meshes import architecture
 
 
-def test_configure_sets_up_cache_and_precision(tmp_path):
+def run(code: str, *arguments: str, env: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, cwd=ROOT, env=env)  # fmt: skip
+
+
+def test_configure_sets_up_cache_precision_and_memory(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from jaxscape import runtime; runtime.configure(Path(sys.argv[1]))\n"
+        "import os, sys; from pathlib import Path; from jaxscape import runtime; runtime.configure(Path(sys.argv[1]))\n"
         "import jax, jax.numpy as jnp\n"
         "print(jax.config.jax_default_matmul_precision, jax.config.jax_compilation_cache_dir)\n"
+        "print(os.environ['XLA_CLIENT_MEM_FRACTION'])\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
         "jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((3, 3)))"
     )
     cache = tmp_path / "a" / "compiled"
-    done = subprocess.run([sys.executable, "-c", code, str(cache)], capture_output=True, text=True, check=True,
-                          cwd=ROOT, env=environment(tmp_path))  # fmt: skip
-    assert done.stdout.split() == ["float32", str(cache)]
+    done = run(code, str(cache), env=environment(tmp_path))
+    assert done.communicate()[0].split() == ["float32", str(cache), "0.9"]
     assert list(cache.iterdir())
+
+
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
+def test_memory_that_is_set_stays(name, tmp_path, monkeypatch):
+    for other in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "0.5")
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    runtime.configure(tmp_path / "compiled")
+    assert {key: value for key, value in os.environ.items() if "MEM_FRACTION" in key} == {name: "0.5"}
 
 
 def test_cache_that_cannot_be_made_is_named(tmp_path, raises_input_error):
     (tmp_path / "file").write_text("")
     with raises_input_error(str(tmp_path / "file"), "JAXSCAPE_CACHE"):
         runtime.configure(tmp_path / "file" / "compiled")
+
+
+def test_two_processes_join(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = ("from jaxscape import runtime; count = runtime.start_distributed()\n"
+            "import jax; print(jax.process_index(), jax.process_count(), count)")  # fmt: skip
+    joined = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    started = [run(code, env=environment(tmp_path, **joined, JAX_PROCESS_ID=str(number))) for number in range(2)]
+    outputs = [process.communicate(timeout=120) for process in started]
+    assert [out.split() for out, _ in outputs] == [["0", "2", "2"], ["1", "2", "2"]], outputs
+
+
+def test_nothing_is_joined_unless_asked(monkeypatch):
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("joined"))
+    assert runtime.start_distributed() == 1
+
+
+def test_joining_that_fails_is_one_line(monkeypatch, raises_input_error):
+    def fail(**_):
+        raise ValueError("coordinator_address should be defined.\nAnd more.")
+
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    with raises_input_error("cannot join", "coordinator_address", "JAX_NUM_PROCESSES", "--distributed"):
+        runtime.start_distributed(asked=True)
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with raises_input_error("JAX_NUM_PROCESSES='two'", "number"):
+        runtime.start_distributed()
+
+
+def test_mesh_of_an_experiment_is_chosen_from_its_texts(raises_input_error):
+    arch = architecture("llama")
+    prompts = {"0shot": [Prompt("", "word " * 20)] * 4, "2shot": [Prompt("shot " * 20, "word " * 20)] * 4}
+    config = small_config(mesh__data=0, mesh__fsdp=0, mesh__tensor=0)
+    devices = Devices(8, 8, 10**9, "Abacus")
+    assert runtime.choose_mesh(arch, config, prompts, devices=devices).shape == (8, 1, 1)
+    tight = devices._replace(bytes=6 * 10**6)
+    collecting = runtime.choose_mesh(arch, config, prompts, devices=tight)
+    assert collecting.memory.optimizer == 0
+    config.finetune.method = "full"
+    config.finetune.batch_size = 1000
+    training = runtime.choose_mesh(arch, config, prompts, ["word " * 20], devices)
+    assert training.memory.optimizer > 0 and training.memory.total > collecting.memory.total
+    config.mesh.fsdp = 16
+    with raises_input_error("config.mesh", "fsdp 16"):
+        runtime.choose_mesh(arch, config, prompts, devices=devices)
+    config.model.dtype = "float8"
+    with raises_input_error("config.model.dtype 'float8'", "bfloat16"):
+        runtime.choose_mesh(arch, config, prompts, devices=devices)
 
 
 @pytest.mark.parametrize("name", ["python", "jax", "flax", "optax", "numpy", "devices"])
