@@ -21,8 +21,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.model.dtype = "float32"
 
     config.mesh = ml_collections.ConfigDict()
-    config.mesh.fsdp = 1
-    config.mesh.tensor = 1
+    config.mesh.data = 0  # devices that hold a copy each; 0: chosen by memory
+    config.mesh.fsdp = 0  # devices that a copy is spread over, layer by layer
+    config.mesh.tensor = 0  # devices that the heads and features of a layer are spread over
 
     config.data = ml_collections.ConfigDict()
     config.data.source = "bank"  # or bank:FOLDER, mmlu:FOLDER
@@ -34,8 +35,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.conditions = ("0shot", "5shot", "sft")
 
     config.collect = ml_collections.ConfigDict()
-    config.collect.site = "residual"  # or "input_norm", as the study has it
-    config.collect.token_budget = 1024  # tokens of a batch
+    config.collect.site = "residual"  # or "input_norm", as the study has it, "post_attention_norm", "final_norm"
+    config.collect.tokens = "last"  # or "question_mean": the mean over the question's tokens
+    config.collect.layers = "all"  # or "every 4", counted back from the last, or "1,8,16"
+    config.collect.token_budget = 1024  # tokens of a batch, at most
     config.collect.dtype = "float32"  # on disk
 
     config.finetune = ml_collections.ConfigDict()

@@ -32,11 +32,10 @@ def survey_condition(representations: Path, folder: Path, config: Mapping[str, A
       label: name on the progress bar.
     """
     store = Store.open(representations)
-    layers = store.states.shape[0]
-    for layer in tqdm(range(1, layers + 1), desc=f"landscape {label}", unit="layer"):
+    for place, layer in enumerate(tqdm(store.layers, desc=f"landscape {label}", unit="layer")):
         file = layer_file(folder, layer)
         if not file.is_file():
-            write_bytes(file, _npz(survey_arrays(store.layer(layer - 1), config)))
+            write_bytes(file, _npz(survey_arrays(store.layer(place), config)))
 
 
 def survey_arrays(states: np.ndarray, config: Mapping[str, Any]) -> dict[str, np.ndarray]:

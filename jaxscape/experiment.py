@@ -4,6 +4,7 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +121,7 @@ class Experiment:
                 raise InputError(f"config.data.source {config.data.source!r} has no training questions for 'sft'")
             self.finetuning = finetune_config(config)
         self._model = None
+        self._shape = None
         self._checkpoint = None
         self.seconds: dict[str, float] = {}
 
@@ -137,16 +139,32 @@ class Experiment:
     def model(self, finetuned: bool = False):
         """The pretrained or the fine-tuned model, on its mesh; the other one is let go."""
         from jaxscape.finetune.trainer import load_finetuned
-        from jaxscape.models import pretrained, sharding
+        from jaxscape.models import pretrained
 
         if self._model is None or self._model[0] != finetuned:
             self._model = None
-            mesh = sharding.make_mesh(self.config.mesh.fsdp, self.config.mesh.tensor)
-            model = pretrained.load_pretrained(self.checkpoint()[0], mesh, self.config.model.dtype)
+            model = pretrained.load_pretrained(self.checkpoint()[0], self._mesh(), self.config.model.dtype)
             if finetuned:
                 model = load_finetuned(model, self.finetuning, self.finetune_stage().folder)
             self._model = finetuned, model
         return self._model[1]
+
+    def _mesh(self):
+        """The mesh that the models run on; says so when it is chosen."""
+        from jaxscape.models import pretrained, sharding
+
+        if self._shape is None:
+            arch = pretrained.read_architecture(self.checkpoint()[0])
+            choice = runtime.choose_mesh(arch, self.config, self.prompts, self.training_texts())
+            print(choice, flush=True)
+            self._shape = choice.shape
+        return sharding.make_mesh(*self._shape)
+
+    def training_texts(self) -> list[str]:
+        """What fine-tuning shows; [] where no condition is fine-tuned."""
+        if not any(condition.finetuned for condition in self.conditions):
+            return []
+        return [training_text(q, header=self.config.finetune.header)[0] for q in self.questions.train]
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -188,12 +206,12 @@ class Experiment:
         unknown = [name for name in stages if name not in STAGES]
         if unknown:
             raise InputError(f"--stages: {', '.join(unknown)} unknown; choose from {','.join(STAGES)}")
-        pretrained_first = sorted(self.conditions, key=lambda c: c.finetuned)
-        for condition in pretrained_first:
-            if condition.finetuned and "finetune" in stages:
+        for finetuned in (False, True):
+            of_model = [c for c in self.conditions if c.finetuned == finetuned]
+            if finetuned and of_model and "finetune" in stages:
                 self._finetune()
-            if "collect" in stages:
-                self._collect(condition)
+            if of_model and "collect" in stages:
+                self._collect(of_model)
         self._model = None
         if "landscape" in stages:
             for condition in self.conditions:
@@ -210,7 +228,7 @@ class Experiment:
             return
         model = self.model()
         with self._timed("finetune"):
-            texts = [training_text(q, header=self.config.finetune.header)[0] for q in self.questions.train]
+            texts = self.training_texts()
             answer_ids = model.tokenizer.answer_ids()
             data = TrainingSet(model.tokenizer.encode(texts), [answer_ids[q.answer] for q in self.questions.train])
             _check_lengths("fine-tuning", self.questions.train, data.tokens, model.arch.max_positions)
@@ -219,29 +237,74 @@ class Experiment:
         stage.commit(**facts, seconds=self.seconds["finetune"], versions=runtime.describe())
         discard_steps(stage.folder)
 
-    def _collect(self, condition: Condition) -> None:
-        from jaxscape.collect.collector import collect_condition, plan_collection
+    def _collect(self, conditions: Sequence[Condition]) -> None:
+        """Collects conditions of one model by one plan, in which they share what their prompts share.
 
-        stage = self.collect_stage(condition)
-        if stage.manifest() is not None:
+        The plan covers all of them, even where some are finished: what it computes must not depend on that.
+        """
+        from jaxscape.collect import collector
+
+        stages = [self.collect_stage(condition) for condition in conditions]
+        if all(stage.manifest() is not None for stage in stages):
             return
-        if condition.finetuned and self.finetune_stage().manifest() is None:
+        finetuned = conditions[0].finetuned
+        if finetuned and self.finetune_stage().manifest() is None:
             raise InputError("--stages: condition 'sft' needs the stage 'finetune' first")
-        model = self.model(condition.finetuned)
-        with self._timed(f"collect {condition.name}"):
-            tokens = model.tokenizer.encode([prompt.text for prompt in self.prompts[condition.name]])
-            _check_lengths(f"condition {condition.name}", self.questions.test, tokens, model.arch.max_positions)
-            plan = plan_collection(tokens, [q.subject for q in self.questions.test], self.config.collect.token_budget)
-            facts = collect_condition(
-                model,
-                plan,
-                np.asarray(model.tokenizer.answer_ids(), np.int32),
-                stage.begin(),
-                site=self.config.collect.site,
-                dtype=self.config.collect.dtype,
-                label=condition.name,
+        early = _tokenizer_of_folder(self.checkpoint()[0])
+        with ThreadPoolExecutor(1) as pool:  # texts become tokens while the weights are read
+            encoding = early and pool.submit(self._encode, early, conditions)
+            model = self.model(finetuned)
+            tokens, starts = encoding.result() if early else self._encode(model.tokenizer, conditions)
+        count, names = len(self.questions.test), [condition.name for condition in conditions]
+        label = names[0] if len(names) == 1 else "pretrained"
+        for number, name in enumerate(names):
+            own = tokens[number * count : (number + 1) * count]
+            _check_lengths(f"condition {name}", self.questions.test, own, model.arch.max_positions)
+        targets = [collector.Target(name, stage.begin(), number * count, (number + 1) * count)
+                   for number, (name, stage) in enumerate(zip(names, stages, strict=True)) if stage.manifest() is None]
+        with self._timed(f"collect {label}"):
+            plan, recipe = self._plan(model, tokens, starts)
+            facts = collector.collect_conditions(
+                model, plan, recipe, targets, dtype=self.config.collect.dtype, label=label
             )
-        stage.commit(**facts, seconds=self.seconds[f"collect {condition.name}"], versions=runtime.describe())
+        for target, found in zip(targets, facts, strict=True):
+            stages[names.index(target.label)].commit(
+                **found, together=names, seconds=self.seconds[f"collect {label}"], versions=runtime.describe()
+            )
+
+    def _encode(self, tokenizer, conditions: Sequence[Condition]) -> tuple[list[list[int]], list[int] | None]:
+        """Token ids of all prompts, condition after condition, and the first token of each one's question.
+
+        The latter is None where last tokens are kept.
+        """
+        from jaxscape.collect.recipe import question_starts
+
+        prompts = [prompt for condition in conditions for prompt in self.prompts[condition.name]]
+        tokens = tokenizer.encode([prompt.text for prompt in prompts])
+        if self.config.collect.tokens == "last":
+            return tokens, None
+        prefixes = list(dict.fromkeys(prompt.prefix for prompt in prompts))
+        before = dict(zip(prefixes, tokenizer.encode(prefixes), strict=True))
+        return tokens, question_starts(tokens, [before[prompt.prefix] for prompt in prompts])
+
+    def _plan(self, model, tokens: Sequence[Sequence[int]], starts: Sequence[int] | None):
+        """The plan of the prompts, and what is kept of each."""
+        from jaxscape.collect import answers, collector, planning, recipe
+        from jaxscape.models.decoder import check_sites
+
+        config = self.config.collect
+        check_sites(model.arch, (config.site,))
+        plan = planning.plan_collection(
+            tokens,
+            config.token_budget,
+            lanes=collector.lanes_of(model),
+            limits=starts,
+            long_from=collector.long_from(model.arch),
+            pair_cost=collector.pair_cost(model.arch),
+        )
+        layers = recipe.layer_numbers(config.layers, model.arch.num_layers, "config.collect.layers")
+        letters = answers.letter_table(model.tokenizer.letter_ids())
+        return plan, recipe.Recipe((config.site,), layers, starts, letters)
 
     def _landscape(self, condition: Condition) -> None:
         from jaxscape.atlas import survey_condition
@@ -288,19 +351,21 @@ class Experiment:
             "Model": config.model.source,
             "Questions": f"{len(questions.test)} of {len(questions.subjects)} subjects ({config.data.source})",
             "Conditions": ", ".join(c.name for c in self.conditions),
-            "States": f"last token, {config.collect.site}, every layer",
+            "States": f"{config.collect.site}, {config.collect.tokens.replace('_', ' ')} token, "
+                      f"layers: {config.collect.layers}",
             "Density": f"k = {config.landscape.k} neighbours, peaks at Z = {config.landscape.z}",
         }
 
     def _manifests(self) -> dict[str, dict]:
         """Manifest of every finished stage, by what it did."""
-        stages = {}
+        found = {}
         for condition in self.conditions:
-            stages[f"collect {condition.name}"] = self.collect_stage(condition)
-            if condition.finetuned:
-                stages["finetune"] = self.finetune_stage()
-        stages |= {f"landscape {c.name}": self.landscape_stage(c) for c in self.conditions}
-        return {name: manifest for name, stage in stages.items() if (manifest := stage.manifest()) is not None}
+            if (manifest := self.collect_stage(condition).manifest()) is not None:
+                found[f"collect {', '.join(manifest['together'])}"] = manifest
+            if condition.finetuned and (manifest := self.finetune_stage().manifest()) is not None:
+                found["finetune"] = manifest
+        stages = {f"landscape {c.name}": self.landscape_stage(c) for c in self.conditions}
+        return found | {name: m for name, stage in stages.items() if (m := stage.manifest()) is not None}
 
     def _provenance(self) -> dict[str, Any]:
         manifests = self._manifests()
@@ -333,6 +398,16 @@ def _seconds(manifest: Mapping[str, Any]) -> str:
     return f"{manifest['seconds']:.0f}" + (" (since it was resumed)" if manifest["resumed"] else "")
 
 
+def _tokenizer_of_folder(path: Path):
+    """The tokenizer of a hub-format folder; None of a GGUF file, which takes too long to open twice."""
+    from jaxscape.models import pretrained, tokenizer
+
+    if not path.is_dir():
+        return None
+    pretrained.read_architecture(path)  # a configuration that can't be read says so itself
+    return tokenizer.from_folder(path)
+
+
 def _check_lengths(what: str, questions: Sequence[Question], tokens: Sequence[Sequence[int]], limit: int) -> None:
     longest = max(range(len(tokens)), key=lambda row: len(tokens[row]))
     if len(tokens[longest]) > limit:
@@ -343,15 +418,19 @@ def _check_lengths(what: str, questions: Sequence[Question], tokens: Sequence[Se
 
 
 def _check_values(config, questions: int) -> None:
+    from jaxscape.collect.recipe import POOLS, parse_layers
     from jaxscape.collect.store import DTYPES
     from jaxscape.models.decoder import SITES
 
     for name, value, allowed in (
         ("collect.site", config.collect.site, SITES),
+        ("collect.tokens", config.collect.tokens, POOLS),
         ("collect.dtype", config.collect.dtype, DTYPES),
     ):
         if value not in allowed:
             raise InputError(f"config.{name} {value!r}: choose from {', '.join(allowed)}")
+    if parse_layers(config.collect.layers, "config.collect.layers") and config.collect.site == "final_norm":
+        raise InputError("config.collect.layers: there is one final norm, after the last layer; write 'all'")
     k, z, shown = config.landscape.k, config.landscape.z, config.report.dendrogram_condition
     if not 0 <= z < math.inf:
         raise InputError(f"config.landscape.z = {z}: must be 0 or more")

@@ -32,7 +32,7 @@ class Finished(NamedTuple):
 
 
 def predictions(folder: Path) -> np.ndarray:
-    """int [N] the answer with the highest logit, of a condition's stored logits."""
+    """int [N] the constrained prediction: the letter with the highest logit, of a condition's stored ones."""
     return np.argmax(Store.open(folder).answer_logits(), axis=1)
 
 
@@ -47,7 +47,7 @@ def layer_rows(condition: Finished, subjects: np.ndarray, answers: np.ndarray, n
     """
     predicted = predictions(condition.representations)
     rows = []
-    for layer in range(1, Store.open(condition.representations).states.shape[0] + 1):
+    for layer in Store.open(condition.representations).layers:
         found = atlas.read_layer(condition.landscape, layer)
         n_points, kept = int(found["n_points"]), found["kept"]
         if "peaks_labels" not in found:
@@ -73,15 +73,19 @@ def layer_rows(condition: Finished, subjects: np.ndarray, answers: np.ndarray, n
 def accuracy_rows(
     conditions: Sequence[Finished], subjects: np.ndarray, answers: np.ndarray, names: Sequence[str]
 ) -> tuple[list[dict], list[dict]]:
-    """Accuracy of each condition, and of each condition and subject."""
+    """Accuracy of each condition, and of each condition and subject: of the letters compared, and of free answers."""
     overall, by_subject = [], []
     for condition in conditions:
-        found = scores.accuracy(predictions(condition.representations), answers, subjects)
+        store = Store.open(condition.representations)
+        found = scores.accuracy(np.argmax(store.answer_logits(), axis=1), answers, subjects)
+        free = scores.accuracy(store.free_answers(), answers, subjects)
         overall.append({"condition": condition.name, "n_questions": len(answers),
-                        "accuracy_micro": found.micro, "accuracy_macro": found.macro})
-        for number, (name, value) in enumerate(zip(names, found.by_subject, strict=True)):
-            count = int(np.sum(subjects == number))
-            by_subject.append({"condition": condition.name, "subject": name, "n_questions": count, "accuracy": value})
+                        "accuracy_micro": found.micro, "accuracy_macro": found.macro,
+                        "free_accuracy_micro": free.micro, "free_accuracy_macro": free.macro})
+        for number, name in enumerate(names):
+            by_subject.append({"condition": condition.name, "subject": name,
+                               "n_questions": int(np.sum(subjects == number)),
+                               "accuracy": found.by_subject[number], "free_accuracy": free.by_subject[number]})
     return overall, by_subject
 
 

@@ -15,7 +15,7 @@ from jaxscape.errors import InputError
 
 MANIFEST = "manifest.json"
 _INPUTS = "inputs.json"
-_FORMAT = 1  # raised when what a stage computes or how it lies on disk changes: older folders are made again
+_FORMAT = 2  # raised when what a stage computes or how it lies on disk changes: older folders are made again
 # Sections of the configuration that nothing kept on disk was made from: every run makes its tables and figures anew.
 _FREE = ("compare", "report")
 

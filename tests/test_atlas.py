@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jaxscape import atlas, landscape
-from jaxscape.collect.store import Store
+from jaxscape.collect.store import Answers, Store
 
 CONFIG = {"k": 8, "z": 0.5, "max_rank": 16}  # and the shapes of tests/launching.py: compiled once
 
@@ -14,7 +14,8 @@ def representations(tmp_path):
     folder.mkdir()
     states = np.random.default_rng(0).normal(size=(3, 36, 32)).astype(np.float32)
     states[1] = states[1, :1]
-    Store.create(folder, 3, 36, 32, 4, "float32").write(range(36), states, np.zeros((36, 4), np.float32))
+    answers = Answers(np.zeros((36, 4), np.float32), np.zeros(36, np.int32))
+    Store.create(folder, (1, 2, 3), 36, 32, 4, "float32").write(range(36), states, answers).result()
     return folder, states
 
 

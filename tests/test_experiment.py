@@ -1,5 +1,6 @@
 """Whole experiments on the tiny model: interrupted anywhere, run again, fed with bad input."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 
 from jaxscape import experiment
-from jaxscape.collect.store import Store
+from jaxscape.collect.store import Answers, Store
 from jaxscape.errors import InputError
 from jaxscape.experiment import parse_condition
 from jaxscape.finetune import trainer
+from jaxscape.report import tables
 from tests.launching import contents, differences, files_of, run_here, small_config, unbroken, watching
 
 _PIECES = "while a piece is stored"
@@ -41,8 +43,12 @@ def copies(config, root: Path, folder: Path) -> None:
     """Runs an experiment and copies its folder at every moment: what a SIGKILL then would leave."""
     seen = dict.fromkeys(MOMENTS, 0)
 
+    def copy_what_is_there(source, target):
+        with contextlib.suppress(FileNotFoundError):  # states are stored meanwhile: lock files come and go
+            shutil.copy2(source, target)
+
     def copy(name):
-        shutil.copytree(root, folder / name)
+        shutil.copytree(root, folder / name, copy_function=copy_what_is_there)
 
     def look(event, arguments):
         for name, (wanted, path, times) in MOMENTS.items():
@@ -51,12 +57,12 @@ def copies(config, root: Path, folder: Path) -> None:
                 if seen[name] == times:
                     copy(name)
 
-    def write_in_two(store, questions, states, logits):
+    def write_in_two(store, questions, states, answers):
         half = len(questions) // 2
-        write(store, questions[:half], states[:, :half], logits[:half])
+        write(store, questions[:half], states[:, :half], Answers(*(part[:half] for part in answers))).result()
         if "2shot" in str(store.folder) and not (folder / _PIECES).exists():
             copy(_PIECES)
-        write(store, questions, states, logits)
+        return write(store, questions, states, answers)
 
     write = Store.write
     with watching(look), pytest.MonkeyPatch.context() as patch:
@@ -96,7 +102,7 @@ def test_goes_on_from_the_last_finished_piece(moment, interrupted, tmp_path, mon
     monkeypatch.setattr(Store, "write", lambda self, *rest: pieces.append(1) or write(self, *rest))
     monkeypatch.setattr(trainer.TrainingRun, "step", lambda self, n: steps.append(n) or step(self, n))
     run_here(small_config(), root, ["collect", "finetune"])
-    expected = {"before a piece is recorded": (5, 8), "before the old checkpoint goes": (3, 4)}  # of 9 pieces, 8 steps
+    expected = {"before a piece is recorded": (4, 8), "before the old checkpoint goes": (1, 4)}  # of 5 writes
     assert (len(pieces), len(steps)) == expected[moment]
 
 
@@ -186,6 +192,10 @@ def test_stage_made_from_other_questions_is_made_again(tmp_path, raises_input_er
         ({"landscape__max_rank": 1}, ("config.landscape.max_rank = 1", "at least 2")),
         ({"compare__neighbors": 17}, ("config.compare.neighbors = 17", "at most 16")),
         ({"collect__site": "logits"}, ("config.collect.site", "residual, input_norm")),
+        ({"collect__tokens": "first"}, ("config.collect.tokens", "last, question_mean")),
+        ({"collect__layers": "some"}, ("config.collect.layers 'some'", "'every 4'")),
+        ({"collect__layers": "2,5"}, ("config.collect.layers '2,5'", "4 layers")),
+        ({"collect__layers": "1", "collect__site": "final_norm"}, ("config.collect.layers", "one final norm")),
         ({"collect__dtype": "int8"}, ("config.collect.dtype", "float32, bfloat16, float16")),
         ({"collect__token_budget": 0}, ("config.collect.token_budget = 0",)),
         ({"seed": -1}, ("config.seed = -1",)),
@@ -235,7 +245,7 @@ def model_folder(tiny_llama: Path, folder: Path, **fields) -> Path:
         ("model.safetensors", b"nothing like it", ("model.safetensors", "not a readable safetensors file")),
         ("config.json", None, ("config.json", "config.model.source")),
         ("config.json", b"{", ("config.json", "not readable JSON")),
-        ("config.json", b'{"model_type": "gpt2"}', ("config.json", "gpt2", "'llama'")),
+        ("config.json", b'{"model_type": "mamba"}', ("config.json", "mamba", "llama")),
         ("tokenizer.json", b"[]", ("tokenizer",)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -250,11 +260,11 @@ def test_broken_model_is_named(file, content, words, tiny_llama, tmp_path, raise
         run_here(small_config(model__source=str(folder)), tmp_path / "workdir")
 
 
-def test_prompt_longer_than_the_model_takes_is_named_and_what_is_done_is_kept(tiny_llama, tmp_path, raises_input_error):
+def test_prompt_longer_than_the_model_takes_is_named_before_anything_runs(tiny_llama, tmp_path, raises_input_error):
     folder, root = model_folder(tiny_llama, tmp_path / "model", max_position_embeddings=128), tmp_path / "workdir"
     with raises_input_error("condition 2shot", "question bank/", "takes 128", "fewer shots"):
         run_here(small_config(model__source=str(folder)), root)
-    assert (root / "representations" / "0shot" / "manifest.json").is_file()
+    assert list((root / "representations").iterdir()) == []  # said before anything ran
     folder = model_folder(tiny_llama, tmp_path / "shorter", max_position_embeddings=16)
     with raises_input_error("fine-tuning", "question bank/", "takes 16"):
         run_here(small_config(model__source=str(folder)), tmp_path / "other", ["finetune"])
@@ -353,10 +363,30 @@ def test_other_condition_names_are_refused(name):
         parse_condition(name)
 
 
+def test_means_of_questions_at_some_layers_are_mapped_under_their_numbers(tmp_path):
+    root = tmp_path / "workdir"
+    config = small_config(conditions=("2shot",), collect__site="post_attention_norm", collect__tokens="question_mean",
+                          collect__layers="every 2")  # fmt: skip
+    run_here(config, root)
+    store = Store.open(root / "representations/2shot")
+    assert store.layers == (2, 4) and store.states.shape == (2, 36, 32)
+    assert sorted(file.name for file in (root / "landscape/2shot").glob("*.npz")) == ["layer-002.npz", "layer-004.npz"]
+    rows = tables.read_table(root / "results" / "layers.csv")
+    assert [row["layer"] for row in rows] == [2, 4] and all(row["intrinsic_dim"] > 0 for row in rows)
+    text = (root / "report" / "index.html").read_text()
+    assert "post_attention_norm, question mean token, layers: every 2" in text
+
+
+def test_final_norm_is_the_last_layer(tmp_path):
+    root = tmp_path / "workdir"
+    run_here(small_config(conditions=("0shot",), collect__site="final_norm"), root)
+    assert [row["layer"] for row in tables.read_table(root / "results" / "layers.csv")] == [4]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_states_in_half_precision_are_mapped_too(dtype, tmp_path, tmp_path_factory):
     root = tmp_path / "workdir"
-    run_here(small_config(conditions=("2shot",), collect__dtype=dtype), root)
+    run_here(small_config(conditions=("0shot", "2shot"), collect__dtype=dtype), root)
     half, whole = contents(root, ["2shot"]), contents(unbroken(tmp_path_factory), ["2shot"])
     assert half["2shot states"].dtype == dtype
     assert half["2shot states"].tobytes() == whole["2shot states"].astype(dtype).tobytes()

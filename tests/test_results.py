@@ -38,17 +38,20 @@ def test_layers_table_says_what_the_landscapes_say(root):
         assert row["core_fraction"] == np.mean(found["peaks_core"])
 
 
-def test_accuracy_tables_count_the_logits(root):
+def test_accuracy_tables_count_the_answers(root):
     overall = tables.read_table(root / "results" / "accuracy.csv")
     by_subject = tables.read_table(root / "results" / "accuracy_by_subject.csv")
-    assert [list(r) for r in overall] == [["condition", "n_questions", "accuracy_micro", "accuracy_macro"]] * 3
+    kinds = [f"{kind}accuracy_{over}" for kind in ("", "free_") for over in ("micro", "macro")]
+    assert [list(r) for r in overall] == [["condition", "n_questions", *kinds]] * 3
     assert [(r["condition"], r["subject"], r["n_questions"]) for r in by_subject] == [
         (c, s, 12) for c in CONDITIONS for s in ("animals", "cities", "writers")
     ]
     for row in overall:
-        of_condition = [r["accuracy"] for r in by_subject if r["condition"] == row["condition"]]
-        assert row["accuracy_macro"] == pytest.approx(np.mean(of_condition))
-        assert row["n_questions"] == 36 and row["accuracy_micro"] == pytest.approx(row["accuracy_macro"])
+        assert row["n_questions"] == 36
+        for kind in ("", "free_"):
+            of_condition = [r[f"{kind}accuracy"] for r in by_subject if r["condition"] == row["condition"]]
+            assert row[f"{kind}accuracy_macro"] == pytest.approx(np.mean(of_condition))
+            assert row[f"{kind}accuracy_micro"] == pytest.approx(row[f"{kind}accuracy_macro"])
 
 
 def test_predictions_are_the_highest_logits(root):
@@ -58,6 +61,17 @@ def test_predictions_are_the_highest_logits(root):
     assert set(results.predictions(folder)) <= {0, 1, 2, 3}
 
 
+def test_free_accuracy_counts_the_tokens_that_are_the_right_letter(tmp_path, root):
+    folder = shutil.copytree(root / "representations" / "sft", tmp_path / "sft")
+    answers = np.arange(36) % 4
+    (folder / "free.json").write_text(json.dumps({str(t): " B" for t in Store.open(folder).free_tokens().tolist()}))
+    overall, by_subject = results.accuracy_rows(
+        [Finished("sft", folder, folder)], np.repeat([0, 1, 2], 12), answers, ["a", "b", "c"]
+    )
+    assert overall[0]["free_accuracy_micro"] == overall[0]["free_accuracy_macro"] == 0.25
+    assert [row["free_accuracy"] for row in by_subject] == [0.25] * 3
+
+
 def test_page_is_there_and_self_contained(root):
     page = (root / "report" / "index.html").read_text()
     assert page.lstrip().lower().startswith("<!doctype html>")
@@ -65,7 +79,8 @@ def test_page_is_there_and_self_contained(root):
     assert links and all(link.startswith(("data:", "#")) for link in links)
     assert "<script" not in page and "@import" not in page and not re.search(r"url\((?!['\"]?data:)", page)
     assert page.count("<img") >= 9
-    for text in ("tiny_llama", "animals", "36 of 3 subjects", "model, SHA-256", "collect 2shot, seconds", "devices"):
+    wanted = ("tiny_llama", "animals", "36 of 3 subjects", "model, SHA-256", "collect 0shot, 2shot, seconds", "devices")
+    for text in wanted:
         assert text in page
 
 

@@ -1,6 +1,6 @@
-"""Runs a condition's prompts through a model, group by group, into a store."""
+"""Runs a plan: caches made, used and freed as it says; packing and storing while the device computes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,157 +8,293 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxscape.collect.forward import run_prefix, run_prompts
-from jaxscape.collect.store import Store
-from jaxscape.data.batches import BatchShape, PlannedBatch, bucket_edges, common_prefix_length, pack, plan_batches
+from jaxscape.collect.forward import resize, run_prefix, run_prompts
+from jaxscape.collect.planning import Job, Plan, Wave, plan_facts
+from jaxscape.collect.recipe import Recipe
+from jaxscape.collect.store import Answers, Store
+from jaxscape.data.batches import BatchShape, TokenBatch, pack
 from jaxscape.errors import InputError
-from jaxscape.models.pretrained import Pretrained
+from jaxscape.models.decoder import Prefix
+from jaxscape.models.pretrained import Pretrained, values_of
+from jaxscape.models.sharding import LANES, lanes_sharding, prefix_sharding
 from jaxscape.workspace import read_json, write_json
 
 _PROGRESS = "progress.json"
-_LARGEST_PIECE = 512  # prompts between two writes to disk
 
 
-class Plan(NamedTuple):
-    """How the prompts of a condition run.
+class Part(NamedTuple):
+    """What one pass found, on the host.
 
     Attributes:
-      tokens: token ids of every prompt.
-      prefix_lengths: tokens that the prompts of each group share, and run once.
-      pieces: batches between two writes; all of one piece are of one group.
-      prefix_rooms: tokens that each piece's prefix is padded to, one of a few lengths; 0 where it has none.
+      piece: number of the piece of the plan that it belongs to.
+      ends: it is the piece's last.
+      rows: prompts.
+      states: site -> [layer, prompt, feature].
+      letters: float32 [prompt, C], or None.
+      free: int32 [prompt], or None.
+      logits: float32 [prompt, V], or None.
     """
 
-    tokens: Sequence[Sequence[int]]
-    prefix_lengths: Sequence[int]
-    pieces: Sequence[Sequence[PlannedBatch]]
-    prefix_rooms: Sequence[int]
+    piece: int
+    ends: bool
+    rows: list[int]
+    states: dict[str, np.ndarray]
+    letters: np.ndarray | None
+    free: np.ndarray | None
+    logits: np.ndarray | None
 
 
-def plan_collection(tokens: Sequence[Sequence[int]], groups: Sequence[str], token_budget: int) -> Plan:
-    """Plans a condition: prompts of one group (a subject) share their longest common prefix.
+class Target(NamedTuple):
+    """Where the prompts of one condition go.
 
-    Args:
-      tokens: token ids of each prompt.
-      groups: group of each prompt.
-      token_budget: tokens of a batch, at most.
+    Attributes:
+      label: name of the condition.
+      folder: where its arrays lie.
+      start: first of its prompts in the plan.
+      stop: one past the last.
     """
-    names = list(dict.fromkeys(groups))
-    of_group: dict[str, list[int]] = {name: [] for name in names}
-    for row, name in enumerate(groups):
-        of_group[name].append(row)
-    # a group of one prompt gains nothing from a prefix pass
-    shared = {name: common_prefix_length([tokens[r] for r in rows]) if len(rows) > 1 else 0
-              for name, rows in of_group.items()}
-    piece_of, start_of = {}, {}
-    for number, name in enumerate(names):
-        for place, row in enumerate(of_group[name]):
-            piece_of[row], start_of[row] = (number, place // _LARGEST_PIECE), shared[name]
-    order = sorted(set(piece_of.values()))
-    lengths = [len(ids) - start_of[row] for row, ids in enumerate(tokens)]
-    batches = plan_batches(lengths, [order.index(piece_of[row]) for row in range(len(tokens))], token_budget)
-    pieces: list[list[PlannedBatch]] = [[] for _ in order]
-    for batch in batches:
-        pieces[batch.group].append(batch)
-    prefix_lengths = [shared[names[number]] for number, _ in order]
-    return Plan(tokens, prefix_lengths, pieces, _rooms(prefix_lengths))
+
+    label: str
+    folder: Path
+    start: int
+    stop: int
 
 
-def _rooms(lengths: Sequence[int]) -> list[int]:
-    """The smallest of a few lengths that holds each prefix; every token attends to the padding too."""
-    edges = bucket_edges([n for n in lengths if n] or [0])
-    return [next(edge for edge in edges if n <= edge) if n else 0 for n in lengths]
+def lanes_of(model: Pretrained) -> int:
+    """Batches that the model's mesh runs side by side."""
+    return int(np.prod([_mesh(model).shape[axis] for axis in LANES]))
 
 
-def run_piece(
-    model: Pretrained, plan: Plan, piece: int, answer_ids: np.ndarray, site: str
-) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
-    """Runs one piece of a plan.
+def pair_cost(arch) -> float:
+    """What a query meeting a key costs, in tokens through a block's matrices."""
+    heads, kv_heads = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    weights = 2 * arch.width * (heads + kv_heads) + (3 if arch.gated else 2) * arch.width * arch.mlp_width
+    return 2 * heads / weights
 
-    Yields:
-      For each batch: its prompts, their states [L, rows, D] and their logits [rows, C].
+
+def long_from(arch) -> int | None:
+    """Tokens beyond which prompts run with other frequencies (LongRoPE); None where they don't."""
+    borders = {kind.rotary.long_from for kind in arch.kinds if kind.rotary and kind.rotary.long_frequencies}
+    return min(borders, default=None)
+
+
+def _mesh(model: Pretrained):
+    return values_of(model.params)[("embedding",)].sharding.mesh
+
+
+# -- passes ------------------------------------------------------------------------------------------------------------
+
+
+def run_plan(model: Pretrained, plan: Plan, recipe: Recipe, skip: Collection[int] = ()) -> Iterator[Part]:
+    """Runs the pieces of a plan, in order, but for those in ``skip``.
+
+    Each pass is on its way before the results of the one before are fetched: the host packs the next batch, and
+    whoever consumes this stores the last one, while the device computes.
     """
-    start, batches = plan.prefix_lengths[piece], plan.pieces[piece]
-    prefix = None
-    if start:
-        shape = BatchShape(plan.prefix_rooms[piece], 1, plan.prefix_rooms[piece])
-        shared = plan.tokens[batches[0].rows[0]][:start]
-        prefix = run_prefix(model.graphdef, model.params, pack([shared], shape))
     waiting = None
-    for batch in batches:
-        packed = pack([plan.tokens[row][start:] for row in batch.rows], batch.shape)
-        running = run_prompts(model.graphdef, model.params, packed, prefix, answer_ids, site=site)
+    for running in _dispatched(model, plan, recipe, skip):
         if waiting is not None:
             yield _fetch(*waiting)
-        waiting = batch, running  # fetched while the next one runs
-    yield _fetch(*waiting)
+        waiting = running
+    if waiting is not None:
+        yield _fetch(*waiting)
 
 
-def _fetch(batch: PlannedBatch, running) -> tuple[list[int], np.ndarray, np.ndarray]:
-    states, logits = jax.device_get(running)
-    return list(batch.rows), states[:, : len(batch.rows)], logits[: len(batch.rows)]
+def _dispatched(model: Pretrained, plan: Plan, recipe: Recipe, skip) -> Iterator[tuple]:
+    job = cache = None
+    places = tuple(number - 1 for number in recipe.layers)
+    layers = None if len(places) == model.arch.num_layers else places
+    for number, own, waves in plan.pieces():
+        if number in skip:
+            continue
+        if own is not job:
+            if cache is not None:
+                cache.free()
+            job, cache = own, _Cache(model, plan, own)
+        for wave in waves:
+            batch, pool_from = _packed(model, plan, recipe, wave)
+            running = run_prompts(
+                model.graphdef, model.params, batch, cache.before(wave), pool_from, recipe.letters,
+                sites=recipe.sites, layers=layers, vocabulary=recipe.vocabulary,
+            )  # fmt: skip
+            yield number, wave is waves[-1], wave, running
+    if cache is not None:
+        cache.free()
 
 
-def collect_condition(
-    model: Pretrained, plan: Plan, answer_ids: np.ndarray, folder: Path, *, site: str, dtype: str, label: str
-) -> dict:
-    """Collects every prompt's states and logits into ``folder``, going on from what an interrupted run left there.
+def _packed(model: Pretrained, plan: Plan, recipe: Recipe, wave: Wave) -> tuple[TokenBatch, np.ndarray | None]:
+    """The wave's batch, and the places from which states are averaged."""
+    lanes = [pack([plan.tokens[row][depth:] for row in rows], wave.shape)
+             for rows, depth in zip(wave.rows, wave.depths, strict=True)]  # fmt: skip
+    pool_from = None
+    if recipe.pool_from is not None:
+        pool_from = np.zeros((plan.lanes, wave.shape.rows), np.int32)
+        for lane, (rows, depth) in enumerate(zip(wave.rows, wave.depths, strict=True)):
+            pool_from[lane, : len(rows)] = [recipe.pool_from[row] - depth for row in rows]
+    return _side_by_side(model, lanes), None if pool_from is None else _side_by_side(model, list(pool_from))
+
+
+def _side_by_side(model: Pretrained, lanes: Sequence):
+    """One lane's arrays as they are, several stacked and each put on its devices."""
+    if len(lanes) == 1:
+        return lanes[0]
+    return jax.device_put(jax.tree.map(lambda *leaves: np.stack(leaves), *lanes), lanes_sharding(_mesh(model)))
+
+
+def _fetch(piece: int, ends: bool, wave: Wave, running) -> Part:
+    found = jax.device_get(running)
+    lanes = [jax.tree.map(lambda x, lane=lane: x[lane], found) for lane in range(len(wave.rows))]
+    lanes = [found] if len(wave.rows) == 1 else lanes
+    counts = [len(rows) for rows in wave.rows]
+
+    def joined(pick, axis: int):
+        kept = [pick(lane) for lane in lanes]
+        if kept[0] is None:
+            return None
+        return np.concatenate([x[:n] if axis == 0 else x[:, :n] for x, n in zip(kept, counts, strict=True)], axis)
+
+    states = {site: joined(lambda lane, site=site: lane.states[site], 1) for site in found.states}
+    rest = [joined(lambda lane, name=name: getattr(lane, name), 0) for name in ("letters", "free", "logits")]
+    return Part(piece, ends, [row for rows in wave.rows for row in rows], states, *rest)
+
+
+class _Cache:
+    """Keys and values of the tokens that a job's prompts share."""
+
+    def __init__(self, model: Pretrained, plan: Plan, job: Job):
+        self._model, self._full, self._cut = model, None, None
+        if job.room:
+            shape = BatchShape(job.room, 1, job.room)
+            lanes = [pack([plan.tokens[source][:length]], shape)
+                     for source, length in zip(job.sources, job.lengths, strict=True)]  # fmt: skip
+            serves = [np.array([length], np.int32) for length in job.serves]
+            placed = None if plan.lanes == 1 else prefix_sharding(_mesh(model), model.arch.num_kv_heads)
+            self._full = run_prefix(model.graphdef, model.params, _side_by_side(model, lanes),
+                                    _side_by_side(model, serves), placed=placed)  # fmt: skip
+            self._cut = self._full
+
+    def before(self, wave: Wave) -> Prefix | None:
+        """What stands before the rows of a wave; shorter prefixes are the beginning of the cache."""
+        if not wave.room:
+            return None
+        if self._cut.keys.shape[-3] != wave.room:
+            if self._cut is not self._full:
+                _delete(self._cut)
+            self._cut = self._full if self._full.keys.shape[-3] == wave.room else resize(self._full, wave.room)
+        lengths = [np.int32(depth) for depth in wave.depths]
+        return self._cut._replace(length=_side_by_side(self._model, lengths))
+
+    def free(self) -> None:
+        """Gives the memory back once the passes that are on their way have read it."""
+        if self._full is not None:
+            _delete(self._full)
+            if self._cut is not self._full:
+                _delete(self._cut)
+
+
+def _delete(prefix: Prefix) -> None:
+    prefix.keys.delete()
+    prefix.values.delete()
+
+
+# -- onto disk ---------------------------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """One condition's store and how far it has come; a piece is recorded once the next one is on its way."""
+
+    def __init__(self, target: Target, store: Store, digest: str, dtype: str):
+        self.target, self._store, self._dtype = target, store, dtype
+        self._digest, self._pending = digest, None
+        found = read_json(target.folder / _PROGRESS) or {}
+        self.finished = set(found["pieces"]) if found.get("plan") == digest else set()
+
+    def write(self, piece: int, parts: Sequence[Part], site: str) -> None:
+        rows = np.array([row for part in parts for row in part.rows])
+        own = (rows >= self.target.start) & (rows < self.target.stop)
+        if piece in self.finished or not own.any():
+            return
+        states = np.concatenate([part.states[site] for part in parts], axis=1)[:, own]
+        logits, free = (np.concatenate([getattr(part, name) for part in parts])[own] for name in ("letters", "free"))
+        stored = _stored(states, self._dtype, self.target.label, self._store.layers)
+        pending = self._store.write(rows[own] - self.target.start, stored, Answers(logits, free))
+        self.settle()
+        self._pending = piece, pending
+
+    def settle(self) -> None:
+        """Records the last piece, once it is on disk."""
+        if self._pending is None:
+            return
+        piece, pending = self._pending
+        pending.result()
+        self.finished.add(piece)
+        write_json(self.target.folder / _PROGRESS, {"plan": self._digest, "pieces": sorted(self.finished)})
+        self._pending = None
+
+
+def collect_conditions(
+    model: Pretrained, plan: Plan, recipe: Recipe, targets: Sequence[Target], *, dtype: str, label: str
+) -> list[dict]:
+    """Collects the prompts of several conditions, going on from what an interrupted run left in their folders.
 
     Args:
       model: the model.
-      plan: of the prompts.
-      answer_ids: int32 [C] token of each answer.
-      folder: where the arrays lie.
-      site: see ``Decoder.__call__``.
+      plan: of the prompts of all conditions; those of conditions that are no target any more run only where they
+        share a piece with others.
+      recipe: one site, and letters.
+      targets: conditions to be stored.
       dtype: that states are stored in.
       label: name on the progress bar.
 
     Returns:
-      Facts for the manifest: shapes and token counts.
+      Facts for the manifest of each target: shapes and token counts.
 
     Raises:
       InputError: a state is NaN or infinite, or what an interrupted run left is unreadable.
     """
-    count = len(plan.tokens)
-    store = Store.create(folder, model.arch.num_layers, count, model.arch.width, len(answer_ids), dtype)
-    finished = set((read_json(folder / _PROGRESS) or {}).get("pieces", []))
-    with tqdm(total=count, desc=f"collect {label}", unit="prompt", smoothing=0.05) as bar:
-        for piece, batches in enumerate(plan.pieces):
-            size = sum(len(batch.rows) for batch in batches)
-            if piece in finished:
-                bar.update(size)
-                continue
-            parts = []
-            for part in run_piece(model, plan, piece, answer_ids, site):
-                parts.append(part)
-                bar.update(len(part[0]))
-            rows = [row for part in parts for row in part[0]]
-            states = _stored(np.concatenate([part[1] for part in parts], axis=1), dtype, label)
-            store.write(rows, states, np.concatenate([part[2] for part in parts]))
-            finished.add(piece)
-            write_json(folder / _PROGRESS, {"pieces": sorted(finished)})
-    return {"shape": list(store.states.shape), "dtype": dtype, "site": site, **token_counts(plan)}
+    (site,), answers, digest = recipe.sites, len(recipe.letters), plan.digest()
+    layers = (model.arch.num_layers,) if site == "final_norm" else recipe.layers
+    stores = [Store.create(t.folder, layers, t.stop - t.start, model.arch.width, answers, dtype) for t in targets]
+    writers = [_Writer(t, store, digest, dtype) for t, store in zip(targets, stores, strict=True)]
+    sizes = _sizes(plan, writers)
+    skip = {piece for piece, size in sizes.items() if not size}
+    with tqdm(total=sum(t.stop - t.start for t in targets), desc=f"collect {label}", unit="prompt",
+              smoothing=0.05) as bar:  # fmt: skip
+        bar.update(bar.total - sum(sizes.values()))
+        parts = []
+        for part in run_plan(model, plan, recipe, skip):
+            parts.append(part)
+            if part.ends:
+                for writer in writers:
+                    writer.write(part.piece, parts, site)
+                parts = []
+                bar.update(sizes[part.piece])
+    for writer, store in zip(writers, stores, strict=True):
+        writer.settle()
+        store.write_texts(model.tokenizer.decode)
+    facts = {"dtype": dtype, "site": site, "layers": list(layers), "plan": plan_facts(plan)}
+    return [{"shape": list(store.states.shape), **facts,
+             "prompt_tokens": sum(map(len, plan.tokens[t.start : t.stop]))}
+            for t, store in zip(targets, stores, strict=True)]  # fmt: skip
 
 
-def _stored(states: np.ndarray, dtype: str, label: str) -> np.ndarray:
+def _sizes(plan: Plan, writers: Sequence[_Writer]) -> dict[int, int]:
+    """Piece -> prompts of it that are still to be stored."""
+    sizes = {}
+    for piece, _, waves in plan.pieces():
+        rows = [row for wave in waves for lane in wave.rows for row in lane]
+        sizes[piece] = sum(w.target.start <= row < w.target.stop for w in writers if piece not in w.finished
+                           for row in rows)  # fmt: skip
+    return sizes
+
+
+def _stored(states: np.ndarray, dtype: str, label: str, layers: Sequence[int]) -> np.ndarray:
     with np.errstate(over="ignore"):
         stored = states.astype(dtype)
     if not np.isfinite(stored).all():
-        layer = int(np.argmin(np.isfinite(stored).all(axis=(1, 2)))) + 1
+        layer = layers[int(np.argmin(np.isfinite(stored).all(axis=(1, 2))))]
         raise InputError(
             f"condition {label}: states of layer {layer} are not finite in {dtype}; set config.model.dtype and "
             "config.collect.dtype to float32, or check the model, and give another --workdir"
         )
     return stored
-
-
-def token_counts(plan: Plan) -> dict[str, int]:
-    """Tokens of the prompts, tokens that run (prefixes once), and tokens computed (padding included)."""
-    run = sum(len(plan.tokens[r]) - s for s, piece in zip(plan.prefix_lengths, plan.pieces, strict=True)
-              for batch in piece for r in batch.rows) + sum(plan.prefix_lengths)
-    computed = sum(batch.shape.tokens for piece in plan.pieces for batch in piece)
-    return {
-        "prompt_tokens": sum(map(len, plan.tokens)),
-        "tokens_run": run,
-        "tokens_computed": computed + sum(plan.prefix_rooms),
-    }

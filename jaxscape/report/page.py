@@ -54,7 +54,8 @@ def render(
     Args:
       title: heading and window title.
       intro_facts: the study in a few facts, e.g. {"Model": "...", "Questions": 2850, "Layers": 28}.
-      accuracy_rows: the accuracy table (condition, n_questions, accuracy_micro, accuracy_macro).
+      accuracy_rows: the accuracy table (condition, n_questions, accuracy_micro, accuracy_macro,
+        free_accuracy_micro, free_accuracy_macro).
       figures: `Picture`s or tuples (SVG text or PNG bytes, caption[, alt]), in the order to be read.
       layer_rows: the layers table; for each condition the page names the best layer of every score found
         in it (ARI of the peaks, label shared by neighbours). Ties go to the lower layer, missing values are
@@ -141,13 +142,16 @@ def _accuracy(rows: Sequence[tables.Row]) -> str:
         [
             _text(_get(row, "condition", "accuracy_rows")),
             _text(_get(row, "n_questions", "accuracy_rows")),
-            _percent(_get(row, "accuracy_micro", "accuracy_rows")),
-            _percent(_get(row, "accuracy_macro", "accuracy_rows")),
+            *(_percent(_get(row, f"{kind}accuracy_{over}", "accuracy_rows"))
+              for kind in ("", "free_") for over in ("micro", "macro")),
         ]
         for row in rows
     ]
-    caption = "Questions answered correctly: over all (micro), and as the mean over subjects (macro)."
-    return _table(caption, _head(["Condition", "Questions", "Micro", "Macro"]), cells)
+    caption = (
+        "Questions answered correctly, over all (micro) and as the mean over subjects (macro): by the likeliest of "
+        "the letters, with or without a leading space, and by the likeliest of all tokens (free)."
+    )
+    return _table(caption, _head(["Condition", "Questions", "Micro", "Macro", "Free, micro", "Free, macro"]), cells)
 
 
 def _by_subject(rows: Sequence[tables.Row]) -> str:

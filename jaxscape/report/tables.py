@@ -6,8 +6,9 @@ scalars are taken as the number they hold). The study writes three:
     layers               condition, layer (1: the first block's), n_points, n_duplicates, intrinsic_dim,
                          intrinsic_dim_error, n_peaks, core_fraction, ari_subject, ari_answer,
                          ari_prediction, neighbors_same_subject, neighbors_same_answer
-    accuracy             condition, n_questions, accuracy_micro, accuracy_macro
-    accuracy_by_subject  condition, subject, n_questions, accuracy
+    accuracy             condition, n_questions, accuracy_micro, accuracy_macro (of the likeliest letter),
+                         free_accuracy_micro, free_accuracy_macro (of the likeliest token of all)
+    accuracy_by_subject  condition, subject, n_questions, accuracy, free_accuracy
 
 Both files hold the same values to the last bit, and the same rows always give the same bytes.
 """

@@ -7,8 +7,10 @@ import pytest
 from jaxscape.report import figures, page
 
 ACCURACY = [
-    {"condition": "<b>&", "n_questions": 40, "accuracy_micro": 0.5, "accuracy_macro": None},
-    {"condition": "sft", "n_questions": 40, "accuracy_micro": 0.625, "accuracy_macro": 0.61},
+    {"condition": "<b>&", "n_questions": 40, "accuracy_micro": 0.5, "accuracy_macro": None,
+     "free_accuracy_micro": 0.25, "free_accuracy_macro": None},
+    {"condition": "sft", "n_questions": 40, "accuracy_micro": 0.625, "accuracy_macro": 0.61,
+     "free_accuracy_micro": 0.333, "free_accuracy_macro": 0.32},
 ]
 LAYERS = [
     {"condition": c, "layer": i + 1, "ari_subject": s, "ari_answer": a}
@@ -113,7 +115,8 @@ def test_images_are_the_files_with_their_alt_and_size(saved):
 
 def test_tables_say_what_the_rows_say(saved):
     rows = Checker(make(saved)).rows
-    assert ["<b>&", "40", "50.0 %", "–"] in rows and ["sft", "40", "62.5 %", "61.0 %"] in rows
+    assert ["<b>&", "40", "50.0 %", "–", "25.0 %", "–"] in rows
+    assert ["sft", "40", "62.5 %", "61.0 %", "33.3 %", "32.0 %"] in rows
     # Best layers: ties to the lower layer, NaN and None skipped, a negative maximum is one.
     assert ["<b>&", "0.700", "2 / 4", "–", "–"] in rows
     assert ["sft", "0.300", "1 / 4", "-0.100", "2 / 4"] in rows
