@@ -31,7 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.test_per_subject = 0  # all
     config.data.mask = ""  # mmlu: file of the test rows to keep
 
-    # "<k>shot": the pretrained model after k solved examples; "sft": the fine-tuned model, 0-shot.
+    # "<k>shot": the pretrained model after k solved examples; "<k>shot_permuted": their order differs from question to
+    # question; "sft": the fine-tuned model, 0-shot.
     config.conditions = ("0shot", "5shot", "sft")
 
     config.collect = ml_collections.ConfigDict()

@@ -13,7 +13,7 @@ import numpy as np
 from jaxscape import runtime
 from jaxscape.data import bank
 from jaxscape.data.mmlu import load_mmlu
-from jaxscape.data.prompts import build_prompts, training_text
+from jaxscape.data.prompts import Prompt, build_prompts, training_text
 from jaxscape.data.questions import Question, select
 from jaxscape.errors import InputError
 from jaxscape.workspace import Stage, Workspace, digest
@@ -25,27 +25,29 @@ class Condition(NamedTuple):
     """One way of asking the questions.
 
     Attributes:
-      name: "0shot", "5shot", ..., "sft".
+      name: "0shot", "5shot", "5shot_permuted", ..., "sft".
       shots: solved examples before the question.
       finetuned: asked of the fine-tuned model.
+      permuted: the shots stand in another order before each question.
     """
 
     name: str
     shots: int
     finetuned: bool
+    permuted: bool = False
 
 
 def parse_condition(name: str) -> Condition:
     """Reads a condition's name.
 
     Raises:
-      InputError: it is neither "<k>shot" nor "sft".
+      InputError: it is neither "<k>shot", "<k>shot_permuted" nor "sft".
     """
     if name == "sft":
         return Condition(name, 0, True)
-    if match := re.fullmatch(r"(\d+)shot", str(name)):
-        return Condition(name, int(match[1]), False)
-    raise InputError(f"config.conditions: {name!r} is not a condition; write '<k>shot' or 'sft'")
+    if match := re.fullmatch(r"(\d+)shot(_permuted)?", str(name)):
+        return Condition(name, int(match[1]), False, bool(match[2]))
+    raise InputError(f"config.conditions: {name!r} is not a condition; write '<k>shot', '<k>shot_permuted' or 'sft'")
 
 
 class Questions(NamedTuple):
@@ -113,9 +115,7 @@ class Experiment:
             raise InputError(f"config.conditions {tuple(config.conditions)}: name at least one, each once")
         self.questions = load_questions(config.data)
         _check_values(config, len(self.questions.test))  # a wrong field ends the run here, not after an hour
-        self.prompts = {
-            c.name: build_prompts(self.questions.test, self.questions.dev, c.shots) for c in self.conditions
-        }
+        self.prompts = {c.name: self._ask(c) for c in self.conditions}
         if any(c.finetuned for c in self.conditions):
             if not self.questions.train:
                 raise InputError(f"config.data.source {config.data.source!r} has no training questions for 'sft'")
@@ -124,6 +124,10 @@ class Experiment:
         self._shape = None
         self._checkpoint = None
         self.seconds: dict[str, float] = {}
+
+    def _ask(self, condition: Condition) -> list[Prompt]:
+        seed = self.config.seed if condition.permuted else None
+        return build_prompts(self.questions.test, self.questions.dev, condition.shots, permute_shots_seed=seed)
 
     # -- models ------------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,10 @@ import pytest
 from jaxscape import experiment
 from jaxscape.collect.store import Answers, Store
 from jaxscape.errors import InputError
-from jaxscape.experiment import parse_condition
+from jaxscape.experiment import Experiment, parse_condition
 from jaxscape.finetune import trainer
 from jaxscape.report import tables
+from jaxscape.workspace import Workspace
 from tests.launching import contents, differences, files_of, run_here, small_config, unbroken, watching
 
 _PIECES = "while a piece is stored"
@@ -354,7 +355,17 @@ def test_dendrogram_of_a_layer_that_is_not_there_is_refused(tmp_path, tmp_path_f
     ("name", "shots", "finetuned"), [("0shot", 0, False), ("12shot", 12, False), ("sft", 0, True)]
 )
 def test_condition_names(name, shots, finetuned):
-    assert parse_condition(name) == (name, shots, finetuned)
+    assert parse_condition(name) == (name, shots, finetuned, False)
+
+
+def test_permuted_shots_are_the_same_shots_in_other_orders(tmp_path):
+    config = small_config(conditions=("2shot", "2shot_permuted"))
+    experiment = Experiment(config, Workspace(tmp_path / "workdir", config.to_dict()))
+    fixed, permuted = (experiment.prompts[name] for name in config.conditions)
+    assert [p.question for p in permuted] == [p.question for p in fixed]
+    assert all(sorted(a.prefix) == sorted(b.prefix) for a, b in zip(fixed, permuted, strict=True))
+    changed = sum(a.prefix != b.prefix for a, b in zip(fixed, permuted, strict=True))
+    assert 0 < changed < len(fixed)  # of two shots half stay in order
 
 
 @pytest.mark.parametrize("name", ["", "shot", "-1shot", "2 shot", "SFT", "sft2", None])

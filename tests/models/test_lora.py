@@ -119,6 +119,6 @@ def test_an_adapted_row_is_packed_like_any_other(tiny_model):
     """Dropout's mask is drawn for the batch; without it a row's states do not depend on its neighbours."""
     graphdef, state = attach_adapters(tiny_model, LoraConfig(rank=2, alpha=2.0, targets=("v",)), seed=0)
     model = nnx.merge(graphdef, with_values(state, values_of(state) | trained(state)))
-    both = model(pack(ROWS, BatchShape(16, 3, 8)), site="residual").states[:, 1]
-    alone = model(pack(ROWS[1:], BatchShape(16, 3, 8)), site="residual").states[:, 0]
+    both = model(pack(ROWS, BatchShape(16, 3, 8)), sites=("residual",)).states["residual"][:, 1]
+    alone = model(pack(ROWS[1:], BatchShape(16, 3, 8)), sites=("residual",)).states["residual"][:, 0]
     np.testing.assert_allclose(both, alone, rtol=1e-5, atol=1e-5)
