@@ -25,7 +25,6 @@ _ASSUME_KIND = flags.DEFINE_string("assume_kind", None, "With --dry_run: plan fo
 _ASSUME_DEVICES = flags.DEFINE_integer("assume_devices", 1, "With --assume_kind: how many there are.")
 _ASSUME_MEMORY = flags.DEFINE_float("assume_memory_gb", 0.0, "With --assume_kind: memory of one; 0: as it is sold.")
 _TFLOPS = flags.DEFINE_float("device_tflops", 0.0, "With --dry_run: 10^12 operations a second of one device; 0: known.")
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "Join the processes that the cluster started on other hosts.")
 
 
 def main(argv: list[str]) -> None:
@@ -44,11 +43,9 @@ def main(argv: list[str]) -> None:
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     workspace = Workspace(Path(_WORKDIR.value or Path("workdirs") / name), config.to_dict())
     runtime.configure(cache_folder() / "compiled")
-    if (processes := runtime.start_distributed(_DISTRIBUTED.value)) > 1:  # results lie on devices of other hosts
-        raise InputError(f"{processes} processes joined, but an experiment runs in one; run it on one host, without "
-                         "--distributed and JAX_COORDINATOR_ADDRESS")
     experiment = Experiment(config, workspace)
     if _DRY_RUN.value:
+        experiment.limit(_STAGES.value)
         print(_plan(experiment))
         return
     experiment.checkpoint()  # a mistaken path must not claim the folder for its configuration

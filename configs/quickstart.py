@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.collect.site = "residual"  # or "input_norm", as the study has it, "post_attention_norm", "final_norm"
     config.collect.tokens = "last"  # or "question_mean": the mean over the question's tokens
     config.collect.layers = "all"  # or "every 4", counted back from the last, or "1,8,16"
-    config.collect.token_budget = 1024  # tokens of a batch, at most
+    config.collect.token_budget = 1024  # tokens of a batch, at most (a longer prompt runs alone)
     config.collect.dtype = "float32"  # on disk
 
     config.finetune = ml_collections.ConfigDict()

@@ -21,6 +21,7 @@ from jaxscape.data.prompts import Prompt
 from jaxscape.errors import InputError
 from jaxscape.models import memory, sources, tokenizer
 from jaxscape.models.architecture import Architecture
+from jaxscape.models.decoder import check_sites
 from jaxscape.models.gguf import GgufFile
 from jaxscape.models.memory import Work, readable
 from jaxscape.models.mesh import Devices
@@ -201,22 +202,6 @@ def largest_work(plans: Sequence[Plan], arch: Architecture) -> Work:
     return Work(tokens, most, longest, caches, logits=arch.vocab_size, cells=cells)
 
 
-def files_of(source: str) -> Path:
-    """Where config.json and the tokenizer of a model are; of a hub's model only these are fetched."""
-    if not source.startswith("hub:") or ".gguf" in source:
-        return sources.resolve(source)
-    from huggingface_hub import snapshot_download
-
-    name, _, revision = source.removeprefix("hub:").partition("@")
-    wanted = ["config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=wanted))
-    except Exception as error:  # the hub's client raises a dozen kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot fetch {source} ({first}); check the network and the name, for a gated model "
-                         "`hf auth login`, or set config.model.source to a folder with its config.json") from None
-
-
 def describe(experiment, devices: Devices, tflops: float = 0.0) -> str:
     """The plan as text.
 
@@ -229,8 +214,9 @@ def describe(experiment, devices: Devices, tflops: float = 0.0) -> str:
       InputError: the model cannot be read or doesn't fit, or a prompt is longer than it takes.
     """
     config, dtype = experiment.config, experiment.config.model.dtype
-    path = files_of(config.model.source)
+    path = sources.resolve(config.model.source, weights=False)
     arch = read_architecture(path)
+    check_sites(arch, (config.collect.site,))
     tokens_of = tokenizer.from_folder(path) if path.is_dir() else tokenizer.from_gguf(GgufFile(path))
     training = experiment.training_texts()
     choice = runtime.choose_mesh(arch, config, experiment.prompts, training, devices)
@@ -256,8 +242,9 @@ def describe(experiment, devices: Devices, tflops: float = 0.0) -> str:
         step = memory.Training(max(lengths) * batch, batch, max(lengths), config.finetune.method == "full",
                                config.finetune.remat)  # fmt: skip
         held = memory.training_memory(arch, DTYPES[dtype], choice.shape, step, devices.kind)
-        parts += _finetuning(spent, spent / at_once, config.finetune, held, devices)
-        seconds += spent / at_once
+        training_seconds = spent / (rate.flops * choice.shape.tensor)  # every lane runs the same step
+        parts += _finetuning(spent, training_seconds, config.finetune, held, devices)
+        seconds += training_seconds
     return "\n".join([*parts, *_estimate(seconds, rate, choice.shape)])
 
 
@@ -290,9 +277,13 @@ def _memory(held: memory.DeviceMemory, devices: Devices) -> str:
     return f"{parts}; in all {readable(held.total)} of {readable(devices.bytes)} ({held.total / devices.bytes:.0%})"
 
 
+def _layers(collect, arch: Architecture) -> tuple[int, ...]:
+    return layer_numbers(collect.layers, arch.num_layers, "config.collect.layers")
+
+
 def _condition(name: str, plan: Plan, arch: Architecture, at_once: float, collect) -> list[str]:
     facts, spent = plan_facts(plan), collection_flops(arch, plan)
-    layers = 1 if collect.site == "final_norm" else len(layer_numbers(collect.layers, arch.num_layers))
+    layers = 1 if collect.site == "final_norm" else len(_layers(collect, arch))
     disk = layers * len(plan.tokens) * arch.width * jnp.dtype(collect.dtype).itemsize
     lines = [
         f"collect {name}: {len(plan.tokens):,} prompts of {facts['prompt_tokens']:,} tokens, of which "

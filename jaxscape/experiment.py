@@ -18,6 +18,7 @@ from jaxscape.data.questions import Question, select
 from jaxscape.errors import InputError
 from jaxscape.workspace import Stage, Workspace, digest
 
+_POOLED = {"last": "last token", "question_mean": "mean over the question's tokens"}
 STAGES = ("collect", "finetune", "landscape", "report")
 
 
@@ -120,6 +121,7 @@ class Experiment:
             if not self.questions.train:
                 raise InputError(f"config.data.source {config.data.source!r} has no training questions for 'sft'")
             self.finetuning = finetune_config(config)
+        self._stages: Sequence[str] = STAGES
         self._model = None
         self._shape = None
         self._checkpoint = None
@@ -155,18 +157,22 @@ class Experiment:
 
     def _mesh(self):
         """The mesh that the models run on; says so when it is chosen."""
+        from jaxscape.collect.recipe import layer_numbers
         from jaxscape.models import pretrained, sharding
+        from jaxscape.models.decoder import check_sites
 
         if self._shape is None:
             arch = pretrained.read_architecture(self.checkpoint()[0])
+            check_sites(arch, (self.config.collect.site,))  # before its weights are read
+            layer_numbers(self.config.collect.layers, arch.num_layers, "config.collect.layers")
             choice = runtime.choose_mesh(arch, self.config, self.prompts, self.training_texts())
             print(choice, flush=True)
             self._shape = choice.shape
         return sharding.make_mesh(*self._shape)
 
     def training_texts(self) -> list[str]:
-        """What fine-tuning shows; [] where no condition is fine-tuned."""
-        if not any(condition.finetuned for condition in self.conditions):
+        """What fine-tuning shows; [] where there is none to be done."""
+        if "finetune" not in self._stages or not any(condition.finetuned for condition in self.conditions):
             return []
         return [training_text(q, header=self.config.finetune.header)[0] for q in self.questions.train]
 
@@ -201,15 +207,24 @@ class Experiment:
         }
         return self.workspace.stage("landscape", condition.name, inputs)
 
+    def limit(self, stages: Sequence[str]) -> None:
+        """Only these stages are to be run.
+
+        Raises:
+          InputError: a stage's name is unknown.
+        """
+        unknown = [name for name in stages if name not in STAGES]
+        if unknown:
+            raise InputError(f"--stages: {', '.join(unknown)} unknown; choose from {','.join(STAGES)}")
+        self._stages = tuple(stages)
+
     def run(self, stages: Sequence[str]) -> None:
         """Runs the stages asked for, in order, skipping what is done.
 
         Raises:
           InputError: a stage's name is unknown, or one needs another that has not been run.
         """
-        unknown = [name for name in stages if name not in STAGES]
-        if unknown:
-            raise InputError(f"--stages: {', '.join(unknown)} unknown; choose from {','.join(STAGES)}")
+        self.limit(stages)
         for finetuned in (False, True):
             of_model = [c for c in self.conditions if c.finetuned == finetuned]
             if finetuned and of_model and "finetune" in stages:
@@ -294,10 +309,8 @@ class Experiment:
     def _plan(self, model, tokens: Sequence[Sequence[int]], starts: Sequence[int] | None):
         """The plan of the prompts, and what is kept of each."""
         from jaxscape.collect import answers, collector, planning, recipe
-        from jaxscape.models.decoder import check_sites
 
         config = self.config.collect
-        check_sites(model.arch, (config.site,))
         plan = planning.plan_collection(
             tokens,
             config.token_budget,
@@ -355,7 +368,7 @@ class Experiment:
             "Model": config.model.source,
             "Questions": f"{len(questions.test)} of {len(questions.subjects)} subjects ({config.data.source})",
             "Conditions": ", ".join(c.name for c in self.conditions),
-            "States": f"{config.collect.site}, {config.collect.tokens.replace('_', ' ')} token, "
+            "States": f"{config.collect.site}, {_POOLED[config.collect.tokens]}, "
                       f"layers: {config.collect.layers}",
             "Density": f"k = {config.landscape.k} neighbours, peaks at Z = {config.landscape.z}",
         }

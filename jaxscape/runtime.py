@@ -1,4 +1,4 @@
-"""The process's JAX: compilation cache, matmul precision, several hosts, what runs where."""
+"""The process's JAX: compilation cache, matmul precision, what runs where."""
 
 import importlib.metadata
 import os
@@ -13,7 +13,6 @@ PACKAGES = (
 )
 # JAX takes three quarters of a GPU's memory unless told; ``models.mesh`` counts on nine tenths.
 _GPU_MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
-_COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 
 
 def configure(cache: Path, matmul_precision: str = "float32") -> None:
@@ -37,39 +36,6 @@ def configure(cache: Path, matmul_precision: str = "float32") -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)  # a dozen shapes of 0.3 s each add up
     jax.config.update("jax_default_matmul_precision", matmul_precision)
-
-
-def start_distributed(asked: bool = False) -> int:
-    """Joins the processes of several hosts, where there are any.
-
-    Args:
-      asked: find the others by the cluster's own means (TPU pods, SLURM, Open MPI, Kubernetes); else only where
-        JAX_COORDINATOR_ADDRESS names the first process, with JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-
-    Returns:
-      How many processes there are.
-
-    Raises:
-      InputError: there is nobody to join, or a number is missing.
-    """
-    if not asked and _COORDINATOR not in os.environ:
-        return 1
-    import jax
-
-    numbers = {}
-    if _COORDINATOR in os.environ:
-        for argument, name in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
-            if (value := os.environ.get(name)) is not None:
-                if not value.isdigit():
-                    raise InputError(f"{name}={value!r}: must be a number of 0 or more")
-                numbers[argument] = int(value)
-    try:
-        jax.distributed.initialize(**numbers)
-    except (ValueError, RuntimeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"cannot join other processes ({first}); set {_COORDINATOR}, JAX_NUM_PROCESSES and "
-                         "JAX_PROCESS_ID, or leave --distributed out") from None
-    return jax.process_count()
 
 
 def choose_mesh(arch, config, prompts: Mapping[str, Sequence], training: Sequence[str] = (), devices=None):

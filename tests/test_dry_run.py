@@ -14,7 +14,6 @@ from jaxscape.dry_run import assumed_devices, collection_flops, describe, durati
 from jaxscape.experiment import Experiment
 from jaxscape.models.families import from_hf_config
 from jaxscape.models.mesh import Devices
-from jaxscape.models.pretrained import read_architecture
 from jaxscape.workspace import Workspace
 from tests.launching import small_config
 from tests.models.on_meshes import architecture
@@ -198,23 +197,3 @@ def test_assumed_devices(raises_input_error):
 @pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (90, "90.0 s"), (150, "2.5 min"), (9000, "2.5 h")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
-
-
-def test_only_the_description_of_a_hub_model_is_fetched(monkeypatch, tiny_llama, raises_input_error):
-    asked = {}
-
-    def fetch(name, revision, allow_patterns):
-        asked.update(name=name, revision=revision, patterns=allow_patterns)
-        return str(tiny_llama)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert read_architecture(dry_run.files_of("hub:org/name@v1")).num_layers == 4
-    assert (asked["name"], asked["revision"]) == ("org/name", "v1")
-    assert not [pattern for pattern in asked["patterns"] if "safetensors" in pattern or "gguf" in pattern]
-
-    def fail(*_, **__):
-        raise OSError("no network\nat all")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with raises_input_error("cannot fetch hub:org/name", "no network", "config.json"):
-        dry_run.files_of("hub:org/name")

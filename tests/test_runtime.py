@@ -1,5 +1,4 @@
 import os
-import socket
 import subprocess
 import sys
 
@@ -47,38 +46,6 @@ def test_cache_that_cannot_be_made_is_named(tmp_path, raises_input_error):
     (tmp_path / "file").write_text("")
     with raises_input_error(str(tmp_path / "file"), "JAXSCAPE_CACHE"):
         runtime.configure(tmp_path / "file" / "compiled")
-
-
-def test_two_processes_join(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = ("from jaxscape import runtime; count = runtime.start_distributed()\n"
-            "import jax; print(jax.process_index(), jax.process_count(), count)")  # fmt: skip
-    joined = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    started = [run(code, env=environment(tmp_path, **joined, JAX_PROCESS_ID=str(number))) for number in range(2)]
-    outputs = [process.communicate(timeout=120) for process in started]
-    assert [out.split() for out, _ in outputs] == [["0", "2", "2"], ["1", "2", "2"]], outputs
-
-
-def test_nothing_is_joined_unless_asked(monkeypatch):
-    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("joined"))
-    assert runtime.start_distributed() == 1
-
-
-def test_joining_that_fails_is_one_line(monkeypatch, raises_input_error):
-    def fail(**_):
-        raise ValueError("coordinator_address should be defined.\nAnd more.")
-
-    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with raises_input_error("cannot join", "coordinator_address", "JAX_NUM_PROCESSES", "--distributed"):
-        runtime.start_distributed(asked=True)
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-    with raises_input_error("JAX_NUM_PROCESSES='two'", "number"):
-        runtime.start_distributed()
 
 
 def test_mesh_of_an_experiment_is_chosen_from_its_texts(raises_input_error):

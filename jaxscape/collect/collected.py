@@ -20,7 +20,7 @@ _LOGITS = (False, "answers", "vocabulary")
 
 @dataclass(frozen=True, repr=False)
 class Collected:
-    """States of prompts; of one site it behaves as the array [layer, prompt, feature] itself.
+    """States of prompts; of one site it indexes and converts (``np.asarray``) as the array [layer, prompt, feature].
 
     Attributes:
       states: site -> float32 [layer, prompt, feature]; "final_norm" has the last layer only.
@@ -28,6 +28,7 @@ class Collected:
       prompts: name of each prompt: its text, or "prompt 3".
       logits: float32 [prompt, answer] or [prompt, vocabulary]; None unless asked for.
       plan: how they ran; ``planning.plan_facts`` counts its tokens.
+      last: number of the model's last layer, after which the final norm stands.
     """
 
     states: dict[str, np.ndarray]
@@ -35,27 +36,35 @@ class Collected:
     prompts: tuple[str, ...]
     logits: np.ndarray | None
     plan: Plan
+    last: int
 
     def layer(self, number: int, site: str | None = None) -> np.ndarray:
         """States [prompt, feature] of one layer, by its number from 1.
 
         Raises:
-          KeyError: that layer was not collected.
+          KeyError: that layer or site was not collected.
+          ValueError: several sites were, and none is named.
         """
-        if number not in self.layers:
-            raise KeyError(f"layer {number} was not collected; these were: {', '.join(map(str, self.layers))}")
-        states = self._one() if site is None else self.states[site]
-        return states[self.layers.index(number) if len(states) == len(self.layers) else 0]
+        site = self._site() if site is None else site
+        if site not in self.states:
+            raise KeyError(f"site {site!r} was not collected; these were: {', '.join(self.states)}")
+        layers = (self.last,) if site == "final_norm" else self.layers
+        if number not in layers:
+            raise KeyError(f"layer {number} of {site} was not collected; these were: {', '.join(map(str, layers))}")
+        return self.states[site][layers.index(number)]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(layers, prompts, features) of the one site."""
         return self._one().shape
 
-    def _one(self) -> np.ndarray:
+    def _site(self) -> str:
         if len(self.states) > 1:
             raise ValueError(f"several sites were collected: take one, as in collected[{next(iter(self.states))!r}]")
-        return next(iter(self.states.values()))
+        return next(iter(self.states))
+
+    def _one(self) -> np.ndarray:
+        return self.states[self._site()]
 
     def __array__(self, dtype=None, copy=None):
         return np.array(self._one(), dtype, copy=copy)
@@ -97,8 +106,9 @@ def collect(
     Args:
       model: from ``models.load_model``.
       prompts: texts, or token ids.
-      sites: "residual" (after each block), "input_norm", "post_attention_norm", "final_norm"; one or several.
-      layers: numbers of the blocks from 1, "every 4", or None for all.
+      sites: "residual" (after each block), "input_norm" (what its attention reads), "post_attention_norm" (what its
+        MLP reads: in Gemma 2 and 3 that is pre_feedforward_layernorm), "final_norm"; one or several.
+      layers: numbers of the blocks from 1, which come back in rising order; "every 4"; or None for all.
       pool: "last" token, "mean" over the prompt's tokens, or for each prompt the token from which on to average.
       token_budget: tokens of a batch; None: 2048 on CPUs, 8192 elsewhere.
       logits: "answers" for those of A to D (each letter's likelier spelling), "vocabulary" for all; False for none.
@@ -108,8 +118,14 @@ def collect(
       InputError: there is no prompt, one is empty or longer than the model takes, or an argument is not among its
         choices.
     """
+    if not isinstance(model, Pretrained):
+        raise InputError(f"model {model!r}: give what models.load_model returns")
     sites = (sites,) if isinstance(sites, str) else tuple(sites)
+    if not sites:
+        raise InputError("sites: name one at least")
     check_sites(model.arch, sites)
+    if token_budget is not None and (not isinstance(token_budget, int) or token_budget < 1):
+        raise InputError(f"token_budget {token_budget!r}: must be an integer of at least 1")
     tokens, names = _tokenized(model, prompts)
     if logits not in _LOGITS:
         raise InputError(f"logits {logits!r}: choose from {', '.join(map(repr, _LOGITS))}")
@@ -139,17 +155,23 @@ def collect(
                 found = np.empty((len(tokens), of_part.shape[1]), np.float32) if found is None else found
                 found[part.rows] = of_part
             bar.update(len(part.rows))
-    return Collected({site: states[site] for site in sites}, recipe.layers, names, found, plan)
+    last = model.arch.num_layers
+    named = (last,) if sites == ("final_norm",) else recipe.layers
+    return Collected({site: states[site] for site in sites}, named, names, found, plan, last)
 
 
 def _tokenized(model: Pretrained, prompts) -> tuple[list[list[int]], tuple[str, ...]]:
     """Token ids and name of each prompt."""
-    if isinstance(prompts, str) or not len(prompts):
-        raise InputError("prompts: give a list of texts or of token ids, with one at least")
+    prompts = [] if prompts is None or isinstance(prompts, str | bytes) else list(prompts)
+    if not prompts:
+        raise InputError("prompts: give a list of texts or of lists of token ids, with one at least")
     if all(isinstance(prompt, str) for prompt in prompts):
+        for number, text in enumerate(prompts):
+            if not text.isascii() and text.encode(errors="replace").decode() != text:
+                raise InputError(f"prompts[{number}]: not valid text (a lone surrogate)")
         tokens, names = model.tokenizer.encode(prompts), tuple(prompts)
     else:
-        tokens = [[int(token) for token in prompt] for prompt in prompts]
+        tokens = [_ids(prompt, number) for number, prompt in enumerate(prompts)]
         names = tuple(f"prompt {number}" for number in range(len(prompts)))
     for number, row in enumerate(tokens):
         if not 0 < len(row) <= model.arch.max_positions:
@@ -161,12 +183,22 @@ def _tokenized(model: Pretrained, prompts) -> tuple[list[list[int]], tuple[str, 
     return tokens, names
 
 
+def _ids(prompt, number: int) -> list[int]:
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
+        raise InputError(f"prompts[{number}]: give texts, or lists of token ids (integers) for all of them")
+    return ids.tolist()
+
+
 def _pool_from(pool: str | Sequence[int], tokens) -> list[int] | None:
     if isinstance(pool, str):
         if pool not in ("last", "mean"):
             raise InputError(f"pool {pool!r}: choose 'last', 'mean', or give a token number for each prompt")
         return None if pool == "last" else [0] * len(tokens)
-    starts = [int(start) for start in pool]
+    try:
+        starts = [int(start) for start in pool]
+    except (TypeError, ValueError):
+        raise InputError(f"pool {pool!r}: choose 'last', 'mean', or give a token number for each prompt") from None
     if len(starts) != len(tokens) or any(not 0 <= s < len(row) for s, row in zip(starts, tokens, strict=False)):
         raise InputError("pool: give for each prompt the number of one of its tokens, from 0")
     return starts

@@ -213,6 +213,7 @@ class _Writer:
         rows = np.array([row for part in parts for row in part.rows])
         own = (rows >= self.target.start) & (rows < self.target.stop)
         if piece in self.finished or not own.any():
+            self.settle()  # other conditions' pieces may follow for long
             return
         states = np.concatenate([part.states[site] for part in parts], axis=1)[:, own]
         logits, free = (np.concatenate([getattr(part, name) for part in parts])[own] for name in ("letters", "free"))
@@ -262,15 +263,18 @@ def collect_conditions(
               smoothing=0.05) as bar:  # fmt: skip
         bar.update(bar.total - sum(sizes.values()))
         parts = []
-        for part in run_plan(model, plan, recipe, skip):
-            parts.append(part)
-            if part.ends:
-                for writer in writers:
-                    writer.write(part.piece, parts, site)
-                parts = []
-                bar.update(sizes[part.piece])
-    for writer, store in zip(writers, stores, strict=True):
-        writer.settle()
+        try:
+            for part in run_plan(model, plan, recipe, skip):
+                parts.append(part)
+                if part.ends:
+                    for writer in writers:
+                        writer.write(part.piece, parts, site)
+                    parts = []
+                    bar.update(sizes[part.piece])
+        finally:  # what an interruption finds on its way to disk counts too
+            for writer in writers:
+                writer.settle()
+    for store in stores:
         store.write_texts(model.tokenizer.decode)
     facts = {"dtype": dtype, "site": site, "layers": list(layers), "plan": plan_facts(plan)}
     return [{"shape": list(store.states.shape), **facts,

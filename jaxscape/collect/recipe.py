@@ -42,7 +42,7 @@ def parse_layers(layers: str | Sequence[int] | None, name: str = "layers") -> in
     Raises:
       InputError: it is none of these.
     """
-    if layers is None or layers == "all":
+    if layers is None or (isinstance(layers, str) and layers == "all"):
         return None
     if isinstance(layers, str) and (match := re.fullmatch(r"every (\d+)", layers.strip())) and int(match[1]):
         return int(match[1])

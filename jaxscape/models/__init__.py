@@ -1,11 +1,14 @@
 """Flax ports of causal language models: one decoder, shaped by the checkpoint's own configuration."""
 
+import os
 
-def load_model(source: str, dtype: str = "float32", mesh=None):
+
+def load_model(source, dtype: str = "float32", mesh=None):
     """Loads a checkpoint, ready for ``collect.collect``.
 
     Args:
-      source: "smollm2-135m-instruct" (packaged), a hub-format folder, a GGUF file, or "hub:org/name".
+      source: "smollm2-135m-instruct" (packaged), a hub-format folder, a GGUF file, or "hub:org/name[@revision]", of a
+        family in README.md. A folder without a tokenizer takes token ids only.
       dtype: "float32" or "bfloat16", of the parameters and the computation.
       mesh: where the parameters go, see ``sharding.make_mesh``; None: one device.
 
@@ -17,4 +20,5 @@ def load_model(source: str, dtype: str = "float32", mesh=None):
     """
     from jaxscape.models import pretrained, sharding, sources  # JAX and Flax are not needed to name a model
 
-    return pretrained.load_pretrained(sources.resolve(source), sharding.make_mesh() if mesh is None else mesh, dtype)
+    path = sources.resolve(os.fspath(source))
+    return pretrained.load_pretrained(path, sharding.make_mesh() if mesh is None else mesh, dtype)

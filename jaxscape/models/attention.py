@@ -16,9 +16,9 @@ import numpy as np
 
 from jaxscape.data.batches import TokenBatch
 
-_QUERY_BLOCK = 128  # queries of a row at a time: what they can't see of the row is skipped, blockwise
-_MOST_BLOCKS = 8  # of a row; longer rows have longer blocks
-_SCORE_BYTES = {"cpu": 16 << 20, "other": 256 << 20}  # scores against the prefix that live at once
+QUERY_BLOCK = 128  # queries of a row at a time: what they can't see of the row is skipped, blockwise
+MOST_BLOCKS = 8  # of a row; longer rows have longer blocks
+SCORE_BYTES = {"cpu": 16 << 20, "other": 256 << 20}  # scores against the prefix that live at once
 _SPLASH_BLOCK = 128  # lanes of a TPU: every axis of the splash kernel is a multiple
 
 
@@ -152,7 +152,7 @@ def rows_blocked(
     q, k, v = (_move(a, batch.slots, batch.cells) for a in (q, k, v))  # [B, T, heads, F]
     q = q.reshape(rows, longest, kv_heads, groups, features).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, F]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    block = max(_QUERY_BLOCK, -(-longest // _MOST_BLOCKS))
+    block = max(QUERY_BLOCK, -(-longest // MOST_BLOCKS))
     means, logs = [], []
     for start in range(0, longest, block):
         stop = min(start + block, longest)
@@ -200,7 +200,7 @@ def prefix_blocked(q: jax.Array, keys: jax.Array, values: jax.Array, length: jax
         mean = mean.reshape(kv_heads, tokens, -1, features).transpose(1, 0, 2, 3).reshape(tokens, heads, features)
         return Attended(mean, log_total.reshape(kv_heads, tokens, -1).transpose(1, 0, 2).reshape(tokens, heads))
 
-    budget = _SCORE_BYTES["cpu" if jax.default_backend() == "cpu" else "other"]
+    budget = SCORE_BYTES["cpu" if jax.default_backend() == "cpu" else "other"]
     count = min(n, -(-n * heads * room * 4 // budget))
     if count == 1:
         return piece(q, positions)

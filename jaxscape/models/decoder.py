@@ -74,7 +74,7 @@ def check_sites(arch: Architecture, sites: Sequence[str]) -> None:
         if site not in SITES:
             raise InputError(f"site {site!r}: choose from {', '.join(SITES)}")
         if site in ("input_norm", "post_attention_norm") and not arch.pre_norms:
-            raise InputError(f"site {site!r}: a {arch.family} has no norm before its attention and MLP; "
+            raise InputError(f"site {site!r}: {arch.family} has no norm before its attention and MLP; "
                              "choose 'residual' or 'final_norm'")
 
 

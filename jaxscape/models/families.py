@@ -2,7 +2,8 @@
 
 One small reader for each ``model_type``. A reader asks for the fields it understands; whatever it has not asked for
 must be known to change no number, or have the one value that is implemented, or the file is refused: nothing is
-ignored silently. Fields that are missing have the values transformers gives them. Both of its layouts are read: that
+ignored silently. Fields that are missing have the values transformers gives them, or
+are asked for where those would be a guess at the shape. Both of its layouts are read: that
 of version 4 (``rope_theta``, ``rope_scaling``) and that of version 5 (``rope_parameters``).
 """
 
@@ -306,7 +307,7 @@ def _gemma(f: _Fields, kinds: Sequence[LayerKind], shape: Mapping[str, Any], **f
 
 
 def _gemma2(f: _Fields) -> Architecture:
-    f.agreed(("hidden_activation", f.get("hidden_activation")), ("hidden_act", f.get("hidden_act")))
+    f.get("hidden_act")  # transformers reads hidden_activation alone; published files have an older value here
     f.agreed(("sliding_window", f.get("sliding_window")), ("sliding_window_size", f.get("sliding_window_size")))
     shape, window = _decoder(f, activation="hidden_activation"), _window(f)
     default = [_FULL if layer % 2 else _SLIDING for layer in range(shape["num_layers"])]

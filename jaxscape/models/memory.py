@@ -14,12 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
 from jaxscape.models.architecture import Architecture
+from jaxscape.models.attention import MOST_BLOCKS, QUERY_BLOCK, SCORE_BYTES
 from jaxscape.models.decoder import abstract_decoder
 from jaxscape.models.sharding import AXES, MeshShape, partition_spec
 
 _BYTES_A_TOKEN, _MOST_BYTES_A_TOKEN = 3, 6  # of prompts; English has about four
-_SCORES = {"cpu": 4 << 20, "other": 256 << 20}  # see ``attention``: scores against the prefix that live at once
-_QUERY_BLOCK, _MOST_BLOCKS = 128, 8  # likewise: queries of a row at a time
 
 
 class Work(NamedTuple):
@@ -126,7 +125,7 @@ def device_memory(arch: Architecture, dtype, shape: MeshShape, work: Work, platf
       work: the largest batch.
       platform: "cpu" or "other"; attention works in smaller pieces on CPUs.
     """
-    size, piece = jnp.dtype(dtype).itemsize, _SCORES["cpu" if platform == "cpu" else "other"]
+    size, piece = jnp.dtype(dtype).itemsize, SCORE_BYTES["cpu" if platform == "cpu" else "other"]
     parameters, copies = _kernels(arch, dtype, shape, platform)
     prefix = 2 * arch.num_layers * work.prefix * _part(arch.num_kv_heads, shape.tensor) * arch.head_dim * size
     wanted = min(work.logits, _part(arch.vocab_size, shape.tensor))
@@ -198,7 +197,7 @@ def _activations(arch: Architecture, size: int, tensor: int, work: Work, piece: 
     qkv = (tokens + cells) * (heads + 2 * kv_heads) * arch.head_dim * size
     means = (tokens + cells) * heads * arch.head_dim * (size + 4)
     # blocks of queries against what they see, all of them alive in the worst order; float32
-    own = cells * heads * (work.longest + max(_QUERY_BLOCK, work.longest // _MOST_BLOCKS)) // 2 * 4
+    own = cells * heads * (work.longest + max(QUERY_BLOCK, work.longest // MOST_BLOCKS)) // 2 * 4
     prefix = 2 * min(piece, tokens * heads * work.prefix * 4)
     mlp = (3 if arch.gated else 2) * tokens * _part(arch.mlp_width, tensor) * size
     return stream + max(qkv + means + max(own, prefix), mlp)

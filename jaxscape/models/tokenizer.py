@@ -37,7 +37,6 @@ class PromptTokenizer:
     """Encodes prompts as they are: no chat template; a start token only where the checkpoint's tokenizer adds one.
 
     Attributes:
-      vocab_size: tokens, added ones included.
     """
 
     def __init__(
@@ -45,10 +44,8 @@ class PromptTokenizer:
         encode_batch: Callable[[list[str]], list[list[int]]],
         decode: Callable[[list[int]], str] | None = None,
         token_id: Callable[[str], int | None] | None = None,
-        vocab_size: int = 0,
     ):
         self._encode_batch, self._decode, self._token_id = encode_batch, decode, token_id
-        self.vocab_size = vocab_size
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text."""
@@ -108,7 +105,7 @@ def _from_tokenizers(tokenizer, bos: int | None = None) -> PromptTokenizer:
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=False)
 
-    return PromptTokenizer(encode_batch, decode, tokenizer.token_to_id, tokenizer.get_vocab_size())
+    return PromptTokenizer(encode_batch, decode, tokenizer.token_to_id)
 
 
 def from_gguf(file) -> PromptTokenizer:
@@ -218,4 +215,4 @@ def from_folder(folder: Path) -> PromptTokenizer:
         found = tokenizer.convert_tokens_to_ids(token)  # of the unknown token where there is no such one
         return found if found is not None and tokenizer.convert_ids_to_tokens(found) == token else None
 
-    return PromptTokenizer(encode_batch, decode, token_id, len(tokenizer))
+    return PromptTokenizer(encode_batch, decode, token_id)

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.accelerator            # one 80 GB GPU
     python -m tests.benchmarks.accelerator tiny       # the same steps with a tiny model, anywhere
 
-Prompts are random tokens with the lengths of MMLU at 5-shot (57 subjects; the shots of a subject, then its questions).
+Prompts are random tokens with the lengths of MMLU at 5-shot (the shots of a subject, then its questions; five
+subjects stand for all 57).
 Prints the measured matrix-product rate, the engine's rate as a share of it, and what all 14,042 questions would take;
 the reference study reports 32 minutes for Llama 3 8B on an A100.
 """

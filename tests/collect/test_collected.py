@@ -58,7 +58,7 @@ def test_one_site_is_the_array_itself(model, texts, collected):
     np.testing.assert_array_equal(found[:, 0], np.asarray(found)[:, 0])
     assert [x.shape for x in found] == [(len(texts), 32)] * 2 and np.mean(found, axis=1).shape == (2, 32)
     assert "residual [2, " in repr(found) and "layers 2, 4" in repr(found) and found.logits is None
-    with pytest.raises(KeyError, match="layer 3 was not collected; these were: 2, 4"):
+    with pytest.raises(KeyError, match="layer 3 of residual was not collected; these were: 2, 4"):
         found.layer(3)
 
 
@@ -190,3 +190,36 @@ def test_lanes_give_the_states_of_one_device(mesh, lanes, on_lanes):
 
 def test_array_is_no_jax_array(collected):
     assert not isinstance(collected["residual"], jax.Array)  # the device's memory is free
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompts": ["a", None]}, ("prompts[0]", "token ids")),
+        ({"prompts": ["a", [1, 2]]}, ("prompts[0]", "texts", "token ids")),
+        ({"prompts": [1, 2, 3]}, ("prompts[0]", "lists of token ids")),
+        ({"prompts": [[1.5, 2.0]]}, ("prompts[0]", "integers")),
+        ({"prompts": None}, ("prompts", "one at least")),
+        ({"prompts": b"abc"}, ("prompts", "one at least")),
+        ({"prompts": ["ab\ud800c"]}, ("prompts[0]", "surrogate")),
+        ({"sites": ()}, ("sites", "one at least")),
+        ({"token_budget": -5}, ("token_budget -5", "at least 1")),
+        ({"token_budget": "big"}, ("token_budget 'big'", "integer")),
+        ({"pool": 3}, ("pool 3", "'last'")),
+        ({"model": "smollm2"}, ("model 'smollm2'", "load_model")),
+    ],
+)
+def test_arguments_that_make_no_sense_are_one_line(changes, words, tiny_model, raises_input_error):
+    arguments = {"model": tiny_model, "prompts": [[1, 2, 3]], "progress": False} | changes
+    with raises_input_error(*words):
+        collect(**arguments)
+
+
+def test_final_norm_stands_after_the_last_layer_only(tiny_model):
+    found = collect(tiny_model, [[1, 2, 3]], ("residual", "final_norm"), layers=[1], progress=False)
+    np.testing.assert_array_equal(found.layer(4, "final_norm"), found["final_norm"][0])
+    for number, site in ((1, "final_norm"), (4, "residual"), (1, "input_norm")):
+        with pytest.raises(KeyError, match="was not collected"):
+            found.layer(number, site)
+    alone = collect(tiny_model, iter([[1, 2, 3]]), "final_norm", progress=False)
+    assert alone.layers == (4,) and "layers 4;" in repr(alone)

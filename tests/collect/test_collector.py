@@ -268,3 +268,27 @@ def test_means_are_over_the_questions_tokens(tiny_model, tmp_path):
         expected = each[:, place : place + len(row) - start].mean(axis=1)
         np.testing.assert_allclose(means[:, number], expected, rtol=0, atol=1e-5 * np.abs(expected).max())
         place += len(row) - start
+
+
+def test_condition_that_was_finished_early_is_not_run_again(tiny_model, tmp_path, monkeypatch, small_pieces):
+    """The first condition's prompts stand in the first pieces only; the run is stopped long after."""
+    draw = np.random.default_rng(5)
+    early, late = ([[first, *draw.integers(9, 380, 20).tolist()] for _ in range(14)] for first in (1, 2))
+    folders = [tmp_path / "early", tmp_path / "late"]
+    plan = plan_of(early + late)
+    owners = [{row >= 14 for wave in waves for lane in wave.rows for row in lane} for _, _, waves in plan.pieces()]
+    ends = max(number for number, own in enumerate(owners) if False in own)
+    assert ends < len(owners) - 2
+    fetch, taken = collector._fetch, Counter()
+
+    def stopped(number, *rest):
+        taken["parts"] += number == ends + 2
+        if taken["parts"]:
+            raise KeyboardInterrupt
+        return fetch(number, *rest)
+
+    monkeypatch.setattr(collector, "_fetch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        collect(tiny_model, early + late, folders, plan)
+    recorded = [read_json(folder / "progress.json")["pieces"] for folder in folders]
+    assert recorded == [[n for n in range(ends + 2) if own in owners[n]] for own in (False, True)]

@@ -75,8 +75,8 @@ def test_attention_is_the_softmax_over_row_and_prefix(rows, shared, scores):
 
 @pytest.mark.parametrize("scores", SCORES)
 def test_blocks_and_pieces_change_nothing(scores, monkeypatch):
-    monkeypatch.setattr(attention, "_QUERY_BLOCK", 6)
-    monkeypatch.setattr(attention, "_SCORE_BYTES", {"cpu": 2000, "other": 2000})  # some ten pieces
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 6)
+    monkeypatch.setattr(attention, "SCORE_BYTES", {"cpu": 2000, "other": 2000})  # some ten pieces
     run.clear_cache()
     check((20, 1, 13, 20), 11, scores)
     run.clear_cache()

@@ -164,11 +164,6 @@ def test_decoding_undoes_encoding(tiny_llama, rebuilt, prompts):
             assert tokenizer.decode(tokenizer.encode([text])[0]) == text
 
 
-def test_vocabulary_counts_special_tokens(tiny_llama, trained, rebuilt):
-    assert from_folder(tiny_llama).vocab_size == 384
-    assert from_folder(trained).vocab_size == rebuilt.vocab_size == len(gguf_fields(trained)["tokenizer.ggml.tokens"])
-
-
 def test_unreadable_tokenizer_says_so_when_it_is_asked(raises_input_error):
     tokenizer = unreadable(InputError("no tokenizer here"))
     for use in (lambda: tokenizer.encode(["a"]), lambda: tokenizer.decode([1]), tokenizer.letter_ids):
