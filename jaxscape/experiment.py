@@ -18,7 +18,7 @@ from jaxscape.data.questions import Question, select
 from jaxscape.errors import InputError
 from jaxscape.workspace import Stage, Workspace, digest
 
-_POOLED = {"last": "last token", "question_mean": "mean over the question's tokens"}
+_POOLED = {"last": "last token", "question_mean": "mean over the question tokens"}
 STAGES = ("collect", "finetune", "landscape", "report")
 
 

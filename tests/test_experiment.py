@@ -385,7 +385,7 @@ def test_means_of_questions_at_some_layers_are_mapped_under_their_numbers(tmp_pa
     rows = tables.read_table(root / "results" / "layers.csv")
     assert [row["layer"] for row in rows] == [2, 4] and all(row["intrinsic_dim"] > 0 for row in rows)
     text = (root / "report" / "index.html").read_text()
-    assert "post_attention_norm, question mean token, layers: every 2" in text
+    assert "post_attention_norm, mean over the question tokens, layers: every 2" in text
 
 
 def test_final_norm_is_the_last_layer(tmp_path):

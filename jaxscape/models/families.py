@@ -307,7 +307,7 @@ def _gemma(f: _Fields, kinds: Sequence[LayerKind], shape: Mapping[str, Any], **f
 
 
 def _gemma2(f: _Fields) -> Architecture:
-    f.get("hidden_act")  # transformers reads hidden_activation alone; published files have an older value here
+    f.agreed(("hidden_activation", f.get("hidden_activation")), ("hidden_act", f.get("hidden_act")))
     f.agreed(("sliding_window", f.get("sliding_window")), ("sliding_window_size", f.get("sliding_window_size")))
     shape, window = _decoder(f, activation="hidden_activation"), _window(f)
     default = [_FULL if layer % 2 else _SLIDING for layer in range(shape["num_layers"])]
