@@ -385,8 +385,12 @@ class Experiment:
         return found | {name: m for name, stage in stages.items() if (m := stage.manifest()) is not None}
 
     def _provenance(self) -> dict[str, Any]:
-        manifests = self._manifests()
-        facts = {"model, SHA-256": self.checkpoint()[1], "questions, SHA-256": self.questions.fingerprint()}
+        from jaxscape.models.sources import commit_of
+
+        manifests, (path, sha256) = self._manifests(), self.checkpoint()
+        facts = {"model, SHA-256": sha256, "questions, SHA-256": self.questions.fingerprint()}
+        if commit := commit_of(path):
+            facts["model, commit"] = commit
         facts |= {f"{name}, seconds": _seconds(m) for name, m in manifests.items()}
         return facts | next(iter(manifests.values()))["versions"]
 
