@@ -7,7 +7,9 @@
 """
 
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -111,7 +113,19 @@ def _fail(message: str) -> None:
     sys.exit(1)
 
 
+def _keep_interrupts(ignored) -> None:
+    """Sends an interruption again that hit where Python ignores exceptions.
+
+    JAX runs a callback at every garbage collection; a Ctrl-C during a long compilation is often raised there, and lost.
+    """
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(ignored)
+
+
 def _run(argv: list[str]) -> None:
+    sys.unraisablehook = _keep_interrupts
     try:
         main(argv)
     except KeyboardInterrupt:

@@ -86,6 +86,33 @@ def test_interrupted_and_killed_for_real_and_run_again_gives_the_same_bits(
     assert differences(contents(root), contents(unbroken(tmp_path_factory))) == []
 
 
+_IGNORED = """
+import gc, os, signal, sys, time, launch
+ignored = []
+
+def callback(phase, info):
+    if phase == "start" and not ignored:
+        ignored.append(phase)
+        os.kill(os.getpid(), signal.SIGINT)
+
+def main(argv):
+    gc.callbacks.append(callback)
+    gc.collect()
+    print("ignored", len(ignored), flush=True)
+    time.sleep(60)
+
+launch.main = main
+launch._run(["launch.py"])
+"""
+
+
+def test_interruption_that_hits_a_garbage_collection_is_not_lost():
+    done = subprocess.run([sys.executable, "-c", _IGNORED], capture_output=True, text=True, check=False, cwd=ROOT,
+                          timeout=50)  # fmt: skip
+    assert done.stdout == "ignored 1\n" and done.returncode == 130
+    assert done.stderr.split("\n")[-2] == "jaxscape: interrupted; run the same command again to go on"
+
+
 _WITHOUT_JAX = """
 import runpy, sys
 sys.argv = ["launch.py", *sys.argv[1:]]
