@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxscape import runtime
-from jaxscape.collect.collector import long_from, pair_cost
-from jaxscape.collect.planning import Plan, plan_collection, plan_facts
+from jaxscape.collect.collector import plan_for
+from jaxscape.collect.planning import Plan, plan_facts
 from jaxscape.collect.recipe import layer_numbers, question_starts
 from jaxscape.data.prompts import Prompt
 from jaxscape.errors import InputError
@@ -257,8 +257,7 @@ def _plan(arch: Architecture, tokens_of, prompts: Sequence[Prompt], collect, lan
     limits = None
     if collect.tokens != "last":
         limits = question_starts(tokens, tokens_of.encode([prompt.prefix for prompt in prompts]))
-    return plan_collection(tokens, collect.token_budget, lanes=lanes, limits=limits, long_from=long_from(arch),
-                           pair_cost=pair_cost(arch))
+    return plan_for(arch, tokens, collect.token_budget, lanes, limits)
 
 
 def _model(path: Path, arch: Architecture, dtype: str) -> list[str]:

@@ -308,17 +308,10 @@ class Experiment:
 
     def _plan(self, model, tokens: Sequence[Sequence[int]], starts: Sequence[int] | None):
         """The plan of the prompts, and what is kept of each."""
-        from jaxscape.collect import answers, collector, planning, recipe
+        from jaxscape.collect import answers, collector, recipe
 
         config = self.config.collect
-        plan = planning.plan_collection(
-            tokens,
-            config.token_budget,
-            lanes=collector.lanes_of(model),
-            limits=starts,
-            long_from=collector.long_from(model.arch),
-            pair_cost=collector.pair_cost(model.arch),
-        )
+        plan = collector.plan_for(model.arch, tokens, config.token_budget, collector.lanes_of(model), starts)
         layers = recipe.layer_numbers(config.layers, model.arch.num_layers, "config.collect.layers")
         letters = answers.letter_table(model.tokenizer.letter_ids())
         return plan, recipe.Recipe((config.site,), layers, starts, letters)

@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -62,6 +65,26 @@ def tiny_tensors(tiny_llama) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     return load_file(tiny_llama / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def on_eight_devices() -> Callable[..., dict]:
+    """``on_eight_devices("-m", "module")``: the JSON that a Python process of eight host devices prints last."""
+    # what takes the time is to compile; unoptimised code does, these models are tiny
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {quick}",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+
+    def run(*arguments: str) -> dict:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxscape.collect.answers import letter_table
-from jaxscape.collect.collector import lanes_of, long_from, pair_cost, run_plan
-from jaxscape.collect.planning import Plan, plan_collection
+from jaxscape.collect.collector import lanes_of, plan_for, run_plan
+from jaxscape.collect.planning import Plan
 from jaxscape.collect.recipe import Recipe, layer_numbers
 from jaxscape.errors import InputError
 from jaxscape.models.decoder import check_sites
@@ -136,14 +136,8 @@ def collect(
         letter_table(model.tokenizer.letter_ids()) if logits == "answers" else None,
         logits == "vocabulary",
     )
-    plan = plan_collection(
-        tokens,
-        token_budget or (2048 if jax.default_backend() == "cpu" else 8192),
-        lanes=lanes_of(model),
-        limits=None if recipe.pool_from is None else recipe.pool_from,
-        long_from=long_from(model.arch),
-        pair_cost=pair_cost(model.arch),
-    )
+    budget = token_budget or (2048 if jax.default_backend() == "cpu" else 8192)
+    plan = plan_for(model.arch, tokens, budget, lanes_of(model), recipe.pool_from)
     states, found = {}, None
     with jax.default_matmul_precision("float32"), tqdm(total=len(tokens), unit="prompt", disable=not progress) as bar:
         for part in run_plan(model, plan, recipe):
@@ -191,14 +185,14 @@ def _ids(prompt, number: int) -> list[int]:
 
 
 def _pool_from(pool: str | Sequence[int], tokens) -> list[int] | None:
-    if isinstance(pool, str):
-        if pool not in ("last", "mean"):
-            raise InputError(f"pool {pool!r}: choose 'last', 'mean', or give a token number for each prompt")
+    if isinstance(pool, str) and pool in ("last", "mean"):
         return None if pool == "last" else [0] * len(tokens)
     try:
-        starts = [int(start) for start in pool]
+        starts = None if isinstance(pool, str) else [int(start) for start in pool]
     except (TypeError, ValueError):
-        raise InputError(f"pool {pool!r}: choose 'last', 'mean', or give a token number for each prompt") from None
+        starts = None
+    if starts is None:
+        raise InputError(f"pool {pool!r}: choose 'last', 'mean', or give a token number for each prompt")
     if len(starts) != len(tokens) or any(not 0 <= s < len(row) for s, row in zip(starts, tokens, strict=False)):
         raise InputError("pool: give for each prompt the number of one of its tokens, from 0")
     return starts

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from jaxscape.collect.forward import resize, run_prefix, run_prompts
-from jaxscape.collect.planning import Job, Plan, Wave, plan_facts
+from jaxscape.collect.planning import Job, Plan, Wave, plan_collection, plan_facts
 from jaxscape.collect.recipe import Recipe
 from jaxscape.collect.store import Answers, Store
 from jaxscape.data.batches import BatchShape, TokenBatch, pack
@@ -76,6 +76,13 @@ def long_from(arch) -> int | None:
     """Tokens beyond which prompts run with other frequencies (LongRoPE); None where they don't."""
     borders = {kind.rotary.long_from for kind in arch.kinds if kind.rotary and kind.rotary.long_frequencies}
     return min(borders, default=None)
+
+
+def plan_for(arch, tokens: Sequence[Sequence[int]], token_budget: int, lanes: int, limits=None) -> Plan:
+    """The plan of prompts for a model of this architecture; see ``planning.plan_collection``."""
+    return plan_collection(
+        tokens, token_budget, lanes=lanes, limits=limits, long_from=long_from(arch), pair_cost=pair_cost(arch)
+    )
 
 
 def _mesh(model: Pretrained):

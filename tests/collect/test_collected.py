@@ -1,10 +1,5 @@
 """Collection from Python: the array it is, and the same states as PyTorch computed for the golden prompts."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -163,20 +158,9 @@ print(json.dumps(report))
 
 
 @pytest.fixture(scope="module")
-def on_lanes(tiny_llama):
+def on_lanes(tiny_llama, on_eight_devices):
     """What a process of eight host devices reports, by mesh."""
-    # what takes the time is to compile
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {quick}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", ON_LANES, str(tiny_llama)], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices("-c", ON_LANES, str(tiny_llama))
 
 
 @pytest.mark.parametrize(("mesh", "lanes"), [("8,1,1", 8), ("2,2,2", 4)])

@@ -1,10 +1,5 @@
 """The tables, and every family on 1 and on 8 devices: the same states, and the communication that was meant."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -105,21 +100,9 @@ def test_prefixes_lie_with_the_heads_that_read_them(kv_heads, heads):
 
 
 @pytest.fixture(scope="module")
-def on_meshes():
+def on_meshes(on_eight_devices):
     """What a process of eight host devices reports, by family and mesh."""
-    # what takes the time is to compile 48 programs; unoptimised code does, these are tiny
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {quick}",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.models.on_meshes"],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_eight_devices("-m", "tests.models.on_meshes")
 
 
 CASES = [(family, mesh) for family in FAMILIES for mesh in meshes(architecture(family))]
