@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxscape.collect.answers import letter_table
+from jaxscape.models.answers import letter_table
 from jaxscape.collect.collector import lanes_of, plan_for, run_plan
 from jaxscape.collect.planning import Plan
 from jaxscape.collect.recipe import Recipe, layer_numbers

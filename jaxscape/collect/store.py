@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from jaxscape.collect.answers import free_answers
+from jaxscape.models.answers import free_answers
 from jaxscape.errors import InputError
 from jaxscape.workspace import read_json, write_json
 

@@ -47,13 +47,14 @@ class Scores(NamedTuple):
     window: int | None = None
 
 
-def choose(dtype, scores: Scores, features: int) -> str:
+def choose(dtype, scores: Scores, features: int, packed: bool = False) -> str:
     """The fastest way that computes this on the default device: "blocked", "cudnn" or "splash"."""
     device, *others = jax.devices()
     if device.platform == "tpu":
         return "blocked" if others else "splash"  # JAX doesn't partition the kernel over a mesh
     sixteen_bits = jnp.dtype(dtype).itemsize == 2
-    if device.platform == "gpu" and sixteen_bits and scores.softcap is None and features % 8 == 0 and features <= 128:
+    fits = sixteen_bits and scores.softcap is None and features % 8 == 0 and features <= 128 and not packed
+    if device.platform == "gpu" and fits:
         capability = getattr(device, "compute_capability", "0")  # AMD's devices report an architecture's name
         if capability.replace(".", "").isdigit() and float(capability) >= 8.0:
             return "cudnn"
@@ -77,7 +78,7 @@ def attend(
     Returns:
       [N, H, F] mean values under the softmax.
     """
-    way = way or choose(q.dtype, scores, q.shape[-1])
+    way = way or choose(q.dtype, scores, q.shape[-1], batch.segments is not None)
     rows = {"blocked": rows_blocked, "cudnn": rows_cudnn, "splash": rows_splash}[way]
     own = rows(q, k, v, batch, scores, joined=prefix is not None)
     if prefix is None:
@@ -152,17 +153,20 @@ def rows_blocked(
     q, k, v = (_move(a, batch.slots, batch.cells) for a in (q, k, v))  # [B, T, heads, F]
     q = q.reshape(rows, longest, kv_heads, groups, features).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, F]
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    prompt = None if batch.segments is None else _gather(batch.segments, batch.slots)  # [B, T]
     block = max(QUERY_BLOCK, -(-longest // MOST_BLOCKS))
     means, logs = [], []
     for start in range(0, longest, block):
         stop = min(start + block, longest)
         seen = slice(0 if scores.window is None else max(0, start - scores.window + 1), stop)
         behind = np.arange(start, stop)[:, None] - np.arange(seen.start, stop)
-        allowed = (behind >= 0) & (behind < (scores.window or longest))
+        allowed = np.tile((behind >= 0) & (behind < (scores.window or longest)), (groups, 1))
+        if prompt is not None:
+            same = prompt[:, start:stop, None] == prompt[:, None, seen]
+            allowed = allowed & jnp.tile(same, (1, groups, 1))[:, None]
         # queries of a key head side by side: larger products
         queries = q[:, :, :, start:stop].reshape(rows, kv_heads, -1, features)
-        mean, log_total = _soft_mean(
-            queries, k[:, :, seen], v[:, :, seen], np.tile(allowed, (groups, 1)), scores.softcap)
+        mean, log_total = _soft_mean(queries, k[:, :, seen], v[:, :, seen], allowed, scores.softcap)
         means.append(mean.reshape(rows, kv_heads, groups, -1, features))
         logs.append(log_total.reshape(rows, kv_heads, groups, -1))
     mean = jnp.concatenate(means, axis=3).transpose(0, 3, 1, 2, 4).reshape(rows * longest, heads, features)
@@ -291,7 +295,7 @@ def rows_splash(
     q: jax.Array, k: jax.Array, v: jax.Array, batch: TokenBatch, scores: Scores, joined: bool = True
 ) -> Attended:
     """Each row to itself by the splash kernel: it needs no padded view."""
-    rows = batch.cells // batch.slots.shape[1]
+    rows = batch.cells // batch.slots.shape[1] if batch.segments is None else batch.segments
 
     def mask(masks, shape):
         if scores.window is None:

@@ -13,21 +13,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxscape.data.batches import TokenBatch
 from jaxscape.errors import InputError
 from jaxscape.models.architecture import Architecture, Rotary
 from jaxscape.models.attention import Scores, attend
-from jaxscape.models.lora import Adapter, LoraConfig
+from jaxscape.models.lora import Adapter, LoraConfig, zeroed
 
 SITES = ("residual", "input_norm", "post_attention_norm", "final_norm")
 
-# What the backward pass recomputes: nothing; all but the matrix products; whole blocks.
+# What the backward pass recomputes: nothing; all but the projections' products; whole blocks.
+_PRODUCTS = jax.checkpoint_policies.save_only_these_names("projection", "low_rank")
 REMAT = {
     "none": lambda body: body,
-    "elementwise": lambda body: jax.checkpoint(
-        body, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False
-    ),
+    "elementwise": lambda body: jax.checkpoint(body, policy=_PRODUCTS, prevent_cse=False),
     "blocks": lambda body: jax.checkpoint(body, prevent_cse=False),
 }
 
@@ -116,21 +116,34 @@ class Norm(nnx.Module):
 
 
 class Projection(nnx.Module):
-    """x @ kernel (+ bias), plus a low-rank update where an adapter is attached."""
+    """x @ kernel (+ bias), with a low-rank update where an adapter is attached."""
 
     def __init__(self, arch: Architecture, inputs: int, outputs: int, dtype, *, bias: bool, lora: LoraConfig | None,
                  rngs: nnx.Rngs):
         stack = arch.num_layers
         self.kernel = nnx.Param(inputs**-0.5 * jax.random.normal(rngs.params(), (stack, inputs, outputs), dtype))
         self.bias = nnx.data(nnx.Param(jnp.zeros((stack, outputs), dtype)) if bias else None)
-        self.adapter = nnx.data(None if lora is None else Adapter(stack, inputs, outputs, dtype, lora, rngs=rngs))
+        self.adapter = nnx.data(None if lora is None else Adapter(stack, inputs, outputs, lora))
 
-    def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
-        """[N, inputs] -> [N, outputs], in the layer that the scan is at."""
-        y = x @ self.kernel[...]
+    def __call__(self, x: jax.Array, dropped: jax.Array | None = None) -> jax.Array:
+        """[N, inputs] -> [N, outputs], in the layer that the scan is at; ``dropped``: x after dropout, if it is on."""
+        kernel = self.kernel[...].astype(x.dtype)
+        y = x @ kernel
+        if self.adapter is not None:
+            y = self.adapter(x, x if dropped is None else dropped, y, kernel)
         if self.bias is not None:
-            y = y + self.bias[...]
-        return y if self.adapter is None else y + self.adapter(x, dropout_key)
+            y = y + self.bias[...].astype(x.dtype)
+        return checkpoint_name(y, "projection")
+
+
+def project(projections: Sequence[Projection], x: jax.Array, dropout_key: jax.Array | None) -> list[jax.Array]:
+    """Projections of the same states [N, inputs]; they share the dropout of their adapters' inputs."""
+    rates = {p.adapter.config.dropout for p in projections if p.adapter is not None}
+    dropped = None
+    if dropout_key is not None and max(rates, default=0) > 0:
+        (rate,) = rates
+        dropped = zeroed(x, rate, dropout_key)
+    return [p(x, dropped) for p in projections]
 
 
 class Attention(nnx.Module):
@@ -152,11 +165,10 @@ class Attention(nnx.Module):
         self.o = projection("o", heads, arch.width, arch.out_bias)
         self.q_norm, self.k_norm = nnx.data(qk_norm(heads)), nnx.data(qk_norm(kv_heads))
 
-    def _heads(self, projection: Projection, norm: Norm | None, x, dropout_key) -> jax.Array:
-        y = projection(x, dropout_key)
+    def _heads(self, y: jax.Array, norm: Norm | None = None) -> jax.Array:
         if norm is not None and self.arch.qk_norm == "width":
             y = norm(y)
-        y = y.reshape(x.shape[0], -1, self.arch.head_dim)
+        y = y.reshape(y.shape[0], -1, self.arch.head_dim)
         return norm(y) if norm is not None and self.arch.qk_norm == "head" else y
 
     def __call__(self, x, batch: TokenBatch, angles, kind, prefix: Prefix | None, dropout_keys):
@@ -168,12 +180,11 @@ class Attention(nnx.Module):
           angles: of each kind of layer.
           kind: which kind this layer is, an int32 scalar; None where there is only one.
           prefix: of this layer.
-          dropout_keys: four PRNG keys, or None each.
+          dropout_keys: two PRNG keys, or None each.
         """
         arch = self.arch
-        q = self._heads(self.q, self.q_norm, x, dropout_keys[0])
-        k = self._heads(self.k, self.k_norm, x, dropout_keys[1])
-        v = self._heads(self.v, None, x, dropout_keys[2])
+        q, k, v = project((self.q, self.k, self.v), x, dropout_keys[0])
+        q, k, v = self._heads(q, self.q_norm), self._heads(k, self.k_norm), self._heads(v)
         scale = arch.head_dim**-0.5 if arch.attention_scale is None else arch.attention_scale
 
         def attend_as(number: int):
@@ -185,7 +196,7 @@ class Attention(nnx.Module):
 
         ways = [attend_as(number) for number in range(len(arch.kinds))]
         out, k = ways[0](q, k, v) if kind is None else jax.lax.switch(kind, ways, q, k, v)
-        return self.o(out.reshape(x.shape[0], -1), dropout_keys[3]), k, v
+        return project([self.o], out.reshape(x.shape[0], -1), dropout_keys[1])[0], k, v
 
 
 class Mlp(nnx.Module):
@@ -203,9 +214,14 @@ class Mlp(nnx.Module):
 
     def __call__(self, x, dropout_keys):
         """Normed states [N, D] -> update [N, D]."""
-        act, up = _ACTIVATIONS[self.activation], self.up(x, dropout_keys[1])
-        hidden = act(up) if self.gate is None else act(self.gate(x, dropout_keys[0])) * up
-        return self.down(hidden, dropout_keys[2])
+        act = _ACTIVATIONS[self.activation]
+        if self.gate is None:
+            (up,) = project([self.up], x, dropout_keys[0])
+            hidden = act(up)
+        else:
+            gate, up = project((self.gate, self.up), x, dropout_keys[0])
+            hidden = act(gate) * up
+        return project([self.down], hidden, dropout_keys[1])[0]
 
 
 class Blocks(nnx.Module):
@@ -223,16 +239,16 @@ class Blocks(nnx.Module):
 
     def __call__(self, x, batch: TokenBatch, angles, kind, prefix: Prefix | None, dropout_key):
         """States [N, D] -> states at each site of the block [N, D], keys and values [N, K, F]."""
-        keys = [None] * 7 if dropout_key is None else jax.random.split(dropout_key, 7)
+        keys = [None] * 4 if dropout_key is None else jax.random.split(dropout_key, 4)
 
         def normed(norm, x):
             return x if norm is None else norm(x)
 
         read = normed(self.input_norm, x)
-        update, k, v = self.attention(read, batch, angles, kind, prefix, keys[:4])
+        update, k, v = self.attention(read, batch, angles, kind, prefix, keys[:2])
         after = x + normed(self.attention_out_norm, update)
         read_again = normed(self.mlp_norm, x if self.arch.parallel else after)
-        out = after + normed(self.mlp_out_norm, self.mlp(read_again, keys[4:]))
+        out = after + normed(self.mlp_out_norm, self.mlp(read_again, keys[2:]))
         return {"residual": out, "input_norm": read, "post_attention_norm": read_again}, k, v
 
 
@@ -283,6 +299,7 @@ class Decoder(nnx.Module):
         keep_keys: bool = False,
         dropout_key: jax.Array | None = None,
         remat: str = "none",
+        dtype=None,
     ) -> DecoderOutput:
         """Runs the blocks.
 
@@ -298,6 +315,7 @@ class Decoder(nnx.Module):
           keep_keys: return the keys and values of every token, to build a ``Prefix``.
           dropout_key: PRNG key of the adapters' dropout; None turns it off.
           remat: what the backward pass recomputes instead of keeping it, a name in ``REMAT``.
+          dtype: of the computation; parameters of another are cast where they are used. None: the parameters'.
         """
         arch = self.arch
         start = 0 if prefix is None else prefix.length
@@ -320,30 +338,33 @@ class Decoder(nnx.Module):
             None if prefix is None else (prefix.keys, prefix.values),
             None if dropout_key is None else jax.random.split(dropout_key, arch.num_layers),
         )
-        x, (states, keys, values) = jax.lax.scan(REMAT[remat](body), self._embed(batch.tokens, positions), layers)
+        x = self._embed(batch.tokens, positions, dtype)
+        x, (states, keys, values) = jax.lax.scan(REMAT[remat](body), x, layers)
         if "final_norm" in sites:
             states["final_norm"] = take(self.final_norm(x))[None]
         return DecoderOutput(self.final_norm(x[batch.last]), states, keys, values)
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    def _embed(self, tokens: jax.Array, positions: jax.Array, dtype) -> jax.Array:
         x = self.embedding[...][tokens]
+        x = x if dtype is None else x.astype(dtype)
         if self.arch.embedding_scale != 1.0:  # rounded to the weights' precision, as in training
             x = x * jnp.asarray(self.arch.embedding_scale, x.dtype)
-        return x if self.positions is None else x + self.positions[...][positions]
+        return x if self.positions is None else x + self.positions[...][positions].astype(x.dtype)
 
     def _angles(self, batch: TokenBatch, positions, start, row_lengths) -> list:
         """Cosines and sines of each kind of layer; None where its queries and keys don't turn."""
         long = None
         for rotary in (kind.rotary for kind in self.arch.kinds if kind.rotary and kind.rotary.long_frequencies):
-            rows, longest = batch.slots.shape
+            longest = batch.slots.shape[1]
             own = jnp.asarray(batch.positions)[batch.last] + 1 + start
             lengths = own if row_lengths is None else jnp.asarray(row_lengths)
-            long = lengths[jnp.minimum(batch.cells // longest, rows - 1)] > rotary.long_from
+            row = batch.cells // longest if batch.segments is None else batch.segments
+            long = lengths[jnp.minimum(row, len(lengths) - 1)] > rotary.long_from
         return [kind.rotary and rotary_angles(kind.rotary, positions, long) for kind in self.arch.kinds]
 
     def logits(self, hidden: jax.Array, token_ids: jax.Array | None = None) -> jax.Array:
         """Logits [B, V] of states after the final norm [B, D], or [B, C] of the tokens ``token_ids`` [C] alone."""
-        head = (self.embedding if self.head is None else self.head)[...]
+        head = (self.embedding if self.head is None else self.head)[...].astype(hidden.dtype)
         logits = hidden @ (head if token_ids is None else head[token_ids]).T
         cap = self.arch.final_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -119,12 +119,13 @@ def attach_adapters(model: Pretrained, lora: LoraConfig, seed: int) -> tuple[nnx
       seed: of their random halves.
     """
     values = values_of(model.params)
-    dtype = values[("embedding",)].dtype
-    graphdef, abstract = abstract_decoder(model.arch, dtype=dtype, lora=lora)
-    key, mesh = jax.random.key(seed), values[("embedding",)].sharding.mesh
+    embedding = values[("embedding",)]
+    graphdef, abstract = abstract_decoder(model.arch, dtype=embedding.dtype, lora=lora)
+    key, mesh = jax.random.key(seed), embedding.sharding.mesh
     for number, (path, leaf) in enumerate(abstract.flat_state()):
         if path not in values:
-            first = init_adapter(path[-1], leaf.get_value().shape, dtype, jax.random.fold_in(key, number))
+            kernel = values[(*path[:-2], "kernel")]
+            first = init_adapter(path[-1], leaf.get_value().shape, jax.random.fold_in(key, number), kernel)
             values[path] = sharding.place(path, first, mesh)
     return graphdef, with_values(abstract, values)
 

@@ -100,7 +100,7 @@ def logical_axes(path: tuple[str, ...]) -> tuple[str, ...]:
     adapter, part = path[-2:-1] == ("adapter",), path[-1]
     inputs, outputs = PROJECTIONS[path[-3] if adapter else "".join(path[-2:-1])]
     if adapter:  # its rank is small: only the projection's own side is cut
-        return {"a": ("layer", inputs, "rank"), "b": ("layer", "rank", outputs)}[part]
+        return {"a": ("layer", "rank", inputs), "b": ("layer", "rank", outputs), "m": ("layer", outputs)}[part]
     bias = ("layer", "stream" if outputs == "width" else outputs)
     return {"kernel": ("layer", inputs, outputs), "bias": bias}[part]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxscape.collect import collector, planning
-from jaxscape.collect.answers import letter_table
+from jaxscape.models.answers import letter_table
 from jaxscape.collect.collector import Target, collect_conditions, run_plan
 from jaxscape.collect.planning import plan_collection
 from jaxscape.collect.recipe import Recipe

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxscape.collect.answers import free_answers, letter_logits, letter_table
+from jaxscape.models.answers import free_answers, letter_logits, letter_table
 from jaxscape.collect.recipe import layer_numbers, question_starts
 
 

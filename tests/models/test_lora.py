@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from jaxscape.data.batches import BatchShape, pack
-from jaxscape.models.lora import PROJECTIONS, LoraConfig, LoraParam, init_adapter
+from jaxscape.models.lora import PROJECTIONS, Adapter, LoraConfig, LoraParam, init_adapter, zeroed
 from jaxscape.models.pretrained import attach_adapters, fold_adapters, values_of, with_values
 
 ROWS = ([3, 17, 250, 99, 41, 8, 3], [120, 9])
@@ -17,9 +17,9 @@ def trained(state, seed=5):
             for path, value in values_of(state).items() if "adapter" in path}  # fmt: skip
 
 
-@pytest.mark.parametrize("targets", [PROJECTIONS, ("q", "v")])
-def test_merged_adapters_act_as_attached_ones(targets, tiny_model, run_rows):
-    lora = LoraConfig(rank=4, alpha=12.0, targets=targets)
+@pytest.mark.parametrize(("targets", "dora"), [(PROJECTIONS, False), (PROJECTIONS, True), (("q", "v"), False)])
+def test_merged_adapters_act_as_attached_ones(targets, dora, tiny_model, run_rows):
+    lora = LoraConfig(rank=4, alpha=12.0, targets=targets, dora=dora)
     graphdef, state = attach_adapters(tiny_model, lora, seed=0)
     adapters = trained(state)
     assert {path[-3] for path in adapters} == set(targets)
@@ -44,7 +44,7 @@ def test_merging_adds_alpha_over_rank_times_a_b(tiny_model):
     merged, before = values_of(fold_adapters(tiny_model, lora, adapters).params), values_of(tiny_model.params)
     gate = ("blocks", "mlp", "gate")
     a, b = (adapters[(*gate, "adapter", half)].astype(np.float64) for half in "ab")
-    expected = np.asarray(before[(*gate, "kernel")], np.float64) + 3.0 * a @ b
+    expected = np.asarray(before[(*gate, "kernel")], np.float64) + 3.0 * a.swapaxes(1, 2) @ b
     np.testing.assert_allclose(merged[(*gate, "kernel")], expected, rtol=1e-6, atol=1e-6)
     unchanged = set(before) - {(*gate, "kernel")}
     assert all(merged[path] is before[path] for path in unchanged)
@@ -53,13 +53,13 @@ def test_merging_adds_alpha_over_rank_times_a_b(tiny_model):
 def test_fresh_adapters_have_pefts_distribution():
     """kaiming_uniform(a=sqrt(5)): uniform within 1 / sqrt(inputs), so a variance of 1 / (3 inputs); B is zero."""
     inputs = 400
-    a = np.asarray(init_adapter("a", (3, inputs, 16), np.float32, jax.random.key(0)))
+    a = np.asarray(init_adapter("a", (3, 16, inputs), jax.random.key(0), None))
     bound = inputs**-0.5
     assert -bound <= a.min() < -0.99 * bound and 0.99 * bound < a.max() <= bound
     assert abs(a.mean()) < 4 * bound / np.sqrt(3 * a.size)
     assert abs(a.var() * 3 * inputs - 1) < 0.03
     assert abs(np.corrcoef(a[0].ravel(), a[1].ravel())[0, 1]) < 0.05  # layers differ
-    assert not np.asarray(init_adapter("b", (3, 16, 7), np.float32, jax.random.key(0))).any()
+    assert not np.asarray(init_adapter("b", (3, 16, 7), jax.random.key(0), None)).any()
 
 
 def test_adapters_follow_the_seed_and_differ_from_each_other(tiny_model):
@@ -79,19 +79,45 @@ def test_only_adapters_are_lora_params(tiny_model):
     assert set(values_of(rest)) == set(values_of(tiny_model.params))
 
 
-def test_dropout_keeps_the_mean_of_an_adapters_update(tiny_model):
-    """Inputs that stay are scaled up by 1 / (1 - rate)."""
-    from jaxscape.models.lora import Adapter
+def test_dropout_zeroes_its_share_and_keeps_the_mean():
+    x = np.random.default_rng(0).uniform(1, 2, (301, 77)).astype(np.float32)
+    kept = np.stack([np.asarray(jax.jit(lambda key: zeroed(x, 0.25, key))(key)) for key in
+                     jax.random.split(jax.random.key(0), 40)])  # fmt: skip
+    share = (kept == 0).mean(axis=0)
+    assert abs(share.mean() - 0.25) < 4 * (0.25 * 0.75 / kept.size) ** 0.5
+    assert share.std() == pytest.approx((0.25 * 0.75 / 40) ** 0.5, rel=0.03)  # every place alike
+    assert abs(np.corrcoef((kept[:, :, 0::2] == 0)[..., :38].ravel(), (kept[:, :, 1::2] == 0).ravel())[0, 1]) < 0.01
+    np.testing.assert_allclose(kept[kept != 0], np.broadcast_to(x / 0.75, kept.shape)[kept != 0], rtol=1e-6)
 
-    adapter = Adapter(1, 64, 8, np.float32, LoraConfig(rank=4, alpha=4.0, dropout=0.25), rngs=nnx.Rngs(0))
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_dora_is_the_paper(dropout):
+    """Liu et al. 2024, equation 5: m times the direction of W + scale A B; with dropout as PEFT has it."""
+    lora = LoraConfig(rank=4, alpha=6.0, dropout=0.5 * dropout, dora=True)
     rng = np.random.default_rng(0)
-    x, a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((1, 64), (64, 4), (4, 8)))
-    graphdef, state = nnx.split(adapter)
-    state = with_values(state, {("a",): a, ("b",): b})
-    keys = jax.random.split(jax.random.key(0), 4000)
-    updates = jax.vmap(lambda key: nnx.merge(graphdef, state)(x, key))(keys)
-    error = np.asarray(updates.std(axis=0)) / np.sqrt(len(keys))
-    np.testing.assert_array_less(np.abs(np.asarray(updates.mean(axis=0)) - x @ a @ b), 5 * error)
+    x, w, a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((5, 64), (64, 8), (4, 64), (4, 8)))
+    m = rng.uniform(1, 2, 8).astype(np.float32)
+    graphdef, state = nnx.split(Adapter(1, 64, 8, lora))
+    adapter = nnx.merge(graphdef, with_values(state, {("a",): a, ("b",): b, ("m",): m}))
+    dropped = np.where(rng.random(x.shape) < 0.5, 0, 2 * x).astype(np.float32) if dropout else x
+    found = adapter(x, dropped, x @ w, w)
+    x, dropped, w, a, b, m = (value.astype(np.float64) for value in (x, dropped, w, a, b, m))
+    changed = w + 1.5 * a.T @ b
+    ratio = m / np.linalg.norm(changed, axis=0)
+    expected = x @ w + (ratio - 1) * (dropped @ w) + ratio * 1.5 * (dropped @ a.T @ b)
+    np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
+    if not dropout:
+        np.testing.assert_allclose(expected, x @ (changed * ratio), rtol=1e-10)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_fresh_adapters_change_nothing(dora, tiny_model, run_rows):
+    lora = LoraConfig(rank=2, alpha=4.0, dora=dora)
+    graphdef, state = attach_adapters(tiny_model, lora, seed=0)
+    shape = BatchShape(16, 3, 8)
+    found, _ = run_rows(tiny_model._replace(graphdef=graphdef, params=state), ROWS, shape=shape)
+    plain, _ = run_rows(tiny_model, ROWS, shape=shape)
+    np.testing.assert_allclose(found, plain, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +135,10 @@ def test_impossible_configurations_are_refused(fields, words, raises_input_error
         LoraConfig(**{"rank": 4, "alpha": 8.0} | fields)
 
 
-def test_scale_is_alpha_over_rank():
+def test_scale_is_alpha_over_rank_or_its_root():
+    assert LoraConfig(rank=8, alpha=4.0, targets=("q",)).scale == 0.5
+    assert LoraConfig(rank=64, alpha=16.0, rslora=True).scale == 2.0
     lora = LoraConfig(rank=8, alpha=4.0, targets=("q",))
-    assert lora.scale == 0.5
     assert lora.only("q") is lora and lora.only("k") is None
 
 
