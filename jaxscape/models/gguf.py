@@ -60,9 +60,15 @@ class GgufFile:
 
     def architecture(self) -> Architecture:
         """What the decoder looks like; see ``from_gguf_metadata``."""
+        return from_gguf_metadata(self.metadata(), self.shapes(), self.where, self._factors())
+
+    def config(self) -> dict[str, Any]:
+        """The metadata in the words of a config.json; see ``to_hub_config``."""
+        return to_hub_config(self.metadata(), self.shapes(), self.where, self._factors())
+
+    def _factors(self) -> dict[str, np.ndarray]:
         shapes = self.shapes()
-        factors = {name: self.read(name, 0, shapes[name][0]) for name in _FACTORS if name in shapes}
-        return from_gguf_metadata(self.metadata(), shapes, self.where, factors)
+        return {name: self.read(name, 0, shapes[name][0]) for name in _FACTORS if name in shapes}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, by name, in the hub's order of axes."""
@@ -304,7 +310,16 @@ _READERS: Mapping[str, tuple[Callable[..., dict[str, Any]], tuple[str, ...]]] = 
 def from_gguf_metadata(
     metadata: Mapping[str, Any], shapes: Shapes, where: str = "GGUF", factors: Mapping[str, np.ndarray] | None = None
 ) -> Architecture:
-    """Reads the keys of a GGUF file.
+    """Reads the keys of a GGUF file; arguments and errors are those of ``to_hub_config``."""
+    factors = factors or {}
+    arch = from_hf_config(to_hub_config(metadata, shapes, where, factors), where)
+    return _divided(arch, factors["rope_freqs.weight"], where) if "rope_freqs.weight" in factors else arch
+
+
+def to_hub_config(
+    metadata: Mapping[str, Any], shapes: Shapes, where: str = "GGUF", factors: Mapping[str, np.ndarray] | None = None
+) -> dict[str, Any]:
+    """The keys of a GGUF file in the words of a config.json, all but Llama 3.1's scaling of rotary frequencies.
 
     Args:
       metadata: the file's key-value pairs.
@@ -325,8 +340,7 @@ def from_gguf_metadata(
     keys = _Keys(metadata, name, where)
     config = read(keys, shapes, factors)
     keys.refuse_the_rest()
-    arch = from_hf_config(config, where)
-    return _divided(arch, factors["rope_freqs.weight"], where) if "rope_freqs.weight" in factors else arch
+    return config
 
 
 def _divided(arch: Architecture, factors: np.ndarray, where: str) -> Architecture:

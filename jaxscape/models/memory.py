@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jaxscape.models.architecture import Architecture
 from jaxscape.models.attention import MOST_BLOCKS, QUERY_BLOCK, SCORE_BYTES
 from jaxscape.models.decoder import abstract_decoder
+from jaxscape.models.lora import LoraConfig
 from jaxscape.models.sharding import AXES, MeshShape, partition_spec
 
 _BYTES_A_TOKEN, _MOST_BYTES_A_TOKEN = 3, 6  # of prompts; English has about four
@@ -47,18 +48,22 @@ class Training(NamedTuple):
     """What a step of fine-tuning asks for.
 
     Attributes:
-      tokens: N.
-      rows: B.
+      tokens: N of one of its parts, over all lanes.
+      rows: B, likewise.
       longest: T.
-      full: all parameters change; else adapters alone, whose own memory is not counted.
+      adapters: what is trained; None: all parameters.
       remat: see ``decoder.REMAT``.
+      parts: that run one after the other, their gradients added up.
+      state: numbers that the optimiser keeps for each one that is trained: AdamW two moments.
     """
 
     tokens: int
     rows: int
     longest: int
-    full: bool
+    adapters: LoraConfig | None
     remat: str
+    parts: int = 1
+    state: float = 2.0
 
 
 class DeviceMemory(NamedTuple):
@@ -71,7 +76,7 @@ class DeviceMemory(NamedTuple):
       activations: of the layer that needs most.
       states: what leaves the passes, of the batch that runs and the one that is fetched.
       logits: the head's part, the logits and their float32.
-      optimizer: gradients and moments, in training.
+      optimizer: gradients and moments, in training; float32, as what is trained is.
     """
 
     parameters: int
@@ -98,6 +103,14 @@ def readable(size: float) -> str:
 def parameter_shapes(arch: Architecture, dtype=jnp.float32) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Parameter path -> shape and dtype, without making any array."""
     return {path: leaf.get_value() for path, leaf in abstract_decoder(arch, dtype=dtype)[1].flat_state()}
+
+
+def trained_shapes(arch: Architecture, adapters: LoraConfig | None) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """Parameter path -> shape and dtype of what fine-tuning changes: adapters, or everything; float32."""
+    if adapters is None:
+        return parameter_shapes(arch)
+    state = abstract_decoder(arch, dtype=jnp.float32, lora=adapters)[1].flat_state()
+    return {path: leaf.get_value() for path, leaf in state if path[-2:-1] == ("adapter",)}
 
 
 def parameter_count(arch: Architecture) -> int:
@@ -143,26 +156,42 @@ def device_memory(arch: Architecture, dtype, shape: MeshShape, work: Work, platf
 def training_memory(
     arch: Architecture, dtype, shape: MeshShape, step: Training, platform: str = "other"
 ) -> DeviceMemory:
-    """Likewise for fine-tuning; every lane runs the same step.
+    """Likewise for fine-tuning, whose lanes share the rows of a step; ``dtype`` is of the computation.
 
     What the forward pass keeps for the backward one: each block's input; with "elementwise" the results of its
     products too; with "none" about three times as much, and the scores.
     """
     size, tensor = jnp.dtype(dtype).itemsize, shape.tensor
-    parameters, copies = _kernels(arch, dtype, shape, platform)
+    rows = -(-step.rows // shape.lanes)
+    tokens = min(step.tokens, -(-step.tokens * rows // step.rows))
+    trained = sum(_parts(trained_shapes(arch, step.adapters), shape).values())
+    if step.adapters is None:
+        parameters, copies = _kernels(arch, jnp.float32, shape, platform)
+        copies += _cast(arch, dtype, shape) if size < 4 else 0
+    else:
+        parameters, copies = _kernels(arch, dtype, shape, platform)
+        parameters += trained
     heads, kv_heads = _part(arch.num_heads, tensor), _part(arch.num_kv_heads, tensor)
     products = ((heads + 2 * kv_heads) * arch.head_dim + 2 * arch.width
                 + (2 if arch.gated else 1) * _part(arch.mlp_width, tensor))  # fmt: skip
+    products += step.adapters.rank * len(step.adapters.targets) if step.adapters else 0
     kept = {"blocks": arch.width, "elementwise": arch.width + products, "none": 3 * (arch.width + products)}[step.remat]
-    scores = 2 * step.rows * step.longest**2 * heads * 4 if step.remat == "none" else 0
-    layer = _activations(arch, size, tensor, Work(step.tokens, step.rows, step.longest), 0)
+    scores = 2 * rows * step.longest**2 * heads * 4 if step.remat == "none" else 0
+    layer = _activations(arch, size, tensor, Work(tokens, rows, step.longest), 0)
     return DeviceMemory(
         parameters, copies, 0,
-        activations=arch.num_layers * (step.tokens * kept * size + scores) + 2 * layer,
+        activations=arch.num_layers * (tokens * kept * size + scores) + 2 * layer,
         states=0,
-        logits=step.rows * _part(arch.vocab_size, tensor) * (size + 3 * 4),
-        optimizer=3 * parameters if step.full else 0,
+        logits=rows * _part(arch.vocab_size, tensor) * (size + 3 * 4),
+        optimizer=round((1 + step.state + (step.parts > 1)) * trained),
     )  # fmt: skip
+
+
+def _cast(arch: Architecture, dtype, shape: MeshShape) -> int:
+    """Bytes of what is cast to the dtype of the computation at once: two layers' kernels, or the head."""
+    whole = _parts(parameter_shapes(arch, dtype), shape._replace(fsdp=1))
+    layers = sum(part for path, part in whole.items() if path[0] == "blocks")
+    return max(2 * layers // arch.num_layers, whole[_head(arch)])
 
 
 def _kernels(arch: Architecture, dtype, shape: MeshShape, platform: str) -> tuple[int, int]:
@@ -170,10 +199,15 @@ def _kernels(arch: Architecture, dtype, shape: MeshShape, platform: str) -> tupl
     leaves, size = parameter_shapes(arch, dtype), jnp.dtype(dtype).itemsize
     here, unsplit = _parts(leaves, shape), _parts(leaves, shape._replace(fsdp=1))
     layer = sum(unsplit[p] - here[p] for p in leaves if p[0] == "blocks") // arch.num_layers
-    head = ("embedding",) if arch.tie_embeddings else ("head",)
+    head = _head(arch)
     # the next layer's kernels may be on their way while a layer runs; XLA's CPU products of half floats are float32's
     converted = 4 // size * sum(here.values()) if platform == "cpu" and size < 4 else 0
     return sum(here.values()), max(2 * layer, unsplit[head] - here[head]) + converted
+
+
+def _head(arch: Architecture) -> tuple[str, ...]:
+    """Path of the head's parameter."""
+    return ("embedding",) if arch.tie_embeddings else ("head",)
 
 
 def _part(count: int, devices: int) -> int:

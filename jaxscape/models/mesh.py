@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from jaxscape.errors import InputError
 from jaxscape.models.architecture import Architecture
+from jaxscape.models.lora import LoraConfig
 from jaxscape.models.memory import DeviceMemory, Training, Work, device_memory, readable, training_memory
 from jaxscape.models.sharding import MeshShape
 
@@ -168,8 +169,13 @@ def _advice(needs: Needs, devices: Devices) -> Iterator[str]:
 
     if jnp.dtype(needs.dtype).itemsize > 2 and helps(needs._replace(dtype=jnp.bfloat16), devices):
         yield "set config.model.dtype=bfloat16"
-    if needs.step is not None and helps(needs._replace(step=needs.step._replace(full=False, remat="blocks")), devices):
-        yield "set config.finetune.method=lora and config.finetune.remat=blocks"
+    if needs.step is not None:
+        lighter = needs.step._replace(adapters=needs.step.adapters or LoraConfig(16, 32.0), remat="blocks")
+        if helps(needs._replace(step=lighter), devices):
+            yield "set config.finetune.method=lora and config.finetune.remat=blocks"
+        one_by_one = lighter._replace(tokens=-(-lighter.tokens // lighter.rows), rows=1, parts=lighter.rows)
+        if lighter.rows > 1 and helps(needs._replace(step=one_by_one), devices):
+            yield "raise config.finetune.accumulation"
     if needs.step is not None and helps(needs._replace(step=None), devices):
         yield "leave 'sft' out of config.conditions, as collecting fits"
     work = needs.work

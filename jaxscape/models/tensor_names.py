@@ -219,3 +219,20 @@ GGUF: dict[str, Names] = {
     "gpt_neox": _GGUF_GPT,
     "gpt2": _GGUF_GPT,
 }
+
+# The way back: from parameters to the hub's names.
+
+_CHOSEN = {_MODEL: "model.", _HEAD: "", _NEOX: "gpt_neox.", _GPT: "transformer."}  # the prefixes transformers saves
+
+
+def hub_name(row: Row, layer: int | None) -> str:
+    """The name that transformers gives a tensor of a row of ``HUB``; ``layer`` is None for one outside the blocks."""
+    name = row.pattern.pattern
+    for prefix, chosen in _CHOSEN.items():
+        name = name.replace(prefix, re.escape(chosen))
+    return re.sub(r"\\(.)", r"\1", name.replace(r"(\d+)", str(layer)))
+
+
+def is_stacked(row: Row) -> bool:
+    """Whether there is a tensor of this row in every layer."""
+    return row.paths[0][0] == "blocks"

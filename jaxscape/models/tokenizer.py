@@ -109,7 +109,15 @@ def _from_tokenizers(tokenizer, bos: int | None = None) -> PromptTokenizer:
 
 
 def from_gguf(file) -> PromptTokenizer:
+    """The tokenizer of a ``GgufFile``; errors are those of ``rebuild``."""
+    return _from_tokenizers(*rebuild(file))
+
+
+def rebuild(file):
     """Rebuilds the tokenizer of a ``GgufFile`` from its metadata: byte-level BPE, or SentencePiece's BPE.
+
+    Returns:
+      (``tokenizers.Tokenizer``, id of the start token or None).
 
     Raises:
       InputError: the tokenizer model or pre-tokenizer is not implemented, or a part is missing.
@@ -135,7 +143,7 @@ def from_gguf(file) -> PromptTokenizer:
     adds_bos = file.field("tokenizer.ggml.add_bos_token", adds_bos)
     if adds_bos and bos is None:
         raise InputError(f"{file.where}: tokenizer.ggml.bos_token_id missing; the tokenizer adds a start token")
-    return _from_tokenizers(build(file, *parts.values()), bos if adds_bos else None)
+    return build(file, *parts.values()), bos if adds_bos else None
 
 
 def _byte_level(file, tokens: list[str], merges: list[str], types: list[int]):

@@ -13,6 +13,7 @@ from jaxscape.finetune.objective import TrainingBatch, train_step
 from jaxscape.models import memory
 from jaxscape.models.decoder import REMAT, Decoder, Prefix, abstract_decoder
 from jaxscape.models.families import from_hf_config
+from jaxscape.models.lora import LoraConfig, LoraParam
 from jaxscape.models.memory import Training, Work, device_memory, parameter_count, training_memory
 from jaxscape.models.sharding import MeshShape
 from tests.models.on_meshes import FAMILIES, architecture
@@ -56,6 +57,8 @@ def test_parameters_of_every_family_are_those_of_the_arrays(family):
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert device_memory(arch, jnp.bfloat16, MeshShape(), WORK).parameters == size
 
+
+LORA = LoraConfig(16, 32.0)
 
 # -- against XLA -------------------------------------------------------------------------------------------------------
 
@@ -106,24 +109,63 @@ def test_memory_is_within_a_factor_of_two_of_what_xla_allocates(dtype, work, cac
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what is alive at once depends on the device")
-@pytest.mark.parametrize("remat", REMAT)
-def test_memory_of_a_training_step_is_within_a_factor_of_two_of_what_xla_allocates(remat):
-    arch, step = from_hf_config(LLAMA_3_8B | MEDIUM), Training(1024, 8, 128, True, remat)
-    graphdef, params = abstract_decoder(arch)
+@pytest.mark.parametrize(("adapters", "remat"), [(None, remat) for remat in REMAT] + [(LORA, "elementwise")])
+def test_memory_of_a_training_step_is_within_a_factor_of_two_of_what_xla_allocates(adapters, remat):
+    arch, step = from_hf_config(LLAMA_3_8B | MEDIUM), Training(1024, 8, 128, adapters, remat)
+    graphdef, params = abstract_decoder(arch, lora=adapters)
+    trainable, frozen = params, nnx.State({})
+    if adapters:
+        graphdef, trainable, frozen = nnx.split(nnx.merge(graphdef, params), LoraParam, ...)
     optimizer = optax.adamw(1e-3)
-    data = TrainingBatch(pack([[1] * 128] * 8, BatchShape(1024, 8, 128)), np.zeros(8, np.int32), np.ones(8, np.float32))
+    batch = jax.tree.map(lambda x: x[None, None], pack([[1] * 128] * 8, BatchShape(1024, 8, 128)))
+    data = TrainingBatch(batch, np.zeros((1, 1, 8), np.int32), np.ones((1, 1, 8), np.float32))
 
-    def run(params, opt_state, data):
-        return train_step(graphdef, optimizer, params, nnx.State({}), opt_state, data, None, remat=remat)
+    def run(trainable, opt_state, frozen, data):
+        return train_step(graphdef, optimizer, trainable, frozen, opt_state, data, None, remat=remat)
 
-    opt_state = jax.eval_shape(optimizer.init, params)
-    found = jax.jit(run, donate_argnums=(0, 1)).lower(params, opt_state, data).compile().memory_analysis()
+    opt_state = jax.eval_shape(optimizer.init, trainable)
+    found = jax.jit(run, donate_argnums=(0, 1)).lower(trainable, opt_state, frozen, data).compile().memory_analysis()
     expected = training_memory(arch, jnp.float32, MeshShape(), step, "cpu")
-    assert expected.optimizer == 3 * expected.parameters
     # gradients are temporaries, moments are arguments
-    assert found.argument_size_in_bytes == pytest.approx(3 * expected.parameters, rel=0.01)
-    counted = expected.parameters + expected.activations + expected.logits
+    gradients = expected.optimizer // 3
+    if adapters is None:
+        assert gradients == expected.parameters
+    assert found.argument_size_in_bytes == pytest.approx(expected.parameters + 2 * gradients, rel=0.01)
+    counted = gradients + expected.activations + expected.logits
     assert counted / 2 < found.temp_size_in_bytes < 1.5 * counted
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+def test_adapters_have_masters_gradients_and_moments_in_float32(rank):
+    lora = LoraConfig(rank, 16.0, targets=("q", "down"))
+    step = Training(1536, 12, 128, lora, "blocks")
+    numbers = 32 * rank * ((4096 + 4096) + (14336 + 4096))
+    alone = device_memory(EIGHT_B, jnp.bfloat16, MeshShape(), WORK)
+    found = training_memory(EIGHT_B, jnp.bfloat16, MeshShape(), step)
+    assert found.parameters == alone.parameters + 4 * numbers
+    assert found.optimizer == 3 * 4 * numbers
+    in_parts = training_memory(EIGHT_B, jnp.bfloat16, MeshShape(), step._replace(parts=4, state=1.0))
+    assert in_parts.optimizer == 3 * 4 * numbers  # one moment less, but gradients are added up
+
+
+def test_all_weights_in_training_are_float32_whatever_is_computed_in():
+    step = Training(1536, 12, 128, None, "blocks")
+    half, whole = (training_memory(EIGHT_B, dtype, MeshShape(), step) for dtype in (jnp.bfloat16, jnp.float32))
+    assert half.parameters == whole.parameters == 4 * 8_030_261_248
+    assert half.optimizer == whole.optimizer == 3 * half.parameters
+    assert half.copies >= 128_256 * 4096 * 2 and whole.copies == 0  # the head in bfloat16
+    assert half.activations < whole.activations
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 4, 1), (2, 2, 1)])
+def test_lanes_share_the_rows_of_a_step_and_fsdp_the_rest(shape):
+    step = Training(2048, 16, 128, None, "elementwise")
+    alone = training_memory(EIGHT_B, jnp.float32, MeshShape(), step)
+    found = training_memory(EIGHT_B, jnp.float32, MeshShape(*shape), step)
+    assert found.activations == alone.activations // 4 and found.logits == alone.logits // 4
+    assert found.optimizer == pytest.approx(alone.optimizer / shape[1], rel=1e-3)
+    uneven = training_memory(EIGHT_B, jnp.float32, MeshShape(*shape), step._replace(rows=17))
+    assert uneven.logits == alone.logits // 16 * 5
 
 
 def test_rough_work_bounds_prompts_that_are_not_tokenised_yet():

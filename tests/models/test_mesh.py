@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from jaxscape.errors import InputError
 from jaxscape.models.families import from_hf_config
+from jaxscape.models.lora import LoraConfig
 from jaxscape.models.memory import Training, Work, device_memory, training_memory
 from jaxscape.models.mesh import USABLE, Devices, Needs, choose_shape, local_devices
 from jaxscape.models.sharding import MeshShape
@@ -100,15 +101,19 @@ def test_what_does_not_fit_says_how_much_is_needed_and_what_helps(arch, dtype, t
 
 
 def test_fine_tuning_counts_too(raises_input_error):
-    step = Training(1536, 12, 128, True, "blocks")
+    step = Training(1536, 12, 128, None, "blocks")
     needs = Needs(EIGHT_B, jnp.bfloat16, WORK, step)
     choice = choose_shape(needs, devices(8, 70))
-    # parameters, gradients and two moments are 64 GB, which leave nothing of 63
-    assert choice.shape == (4, 1, 2)
-    assert choice.memory == training_memory(EIGHT_B, jnp.bfloat16, MeshShape(4, 1, 2), step)
-    assert choose_shape(needs._replace(step=step._replace(full=False)), devices(8, 70)).shape == (8, 1, 1)
-    with raises_input_error("config.finetune.method=lora", "of gradients and moments", "use 2 such devices"):
+    # parameters, gradients and two moments are 128 GB in float32: two parts of 64 don't fit 63
+    assert choice.shape == (2, 1, 4)
+    assert choice.memory == training_memory(EIGHT_B, jnp.bfloat16, MeshShape(2, 1, 4), step)
+    adapters = step._replace(adapters=LoraConfig(16, 32.0))
+    assert choose_shape(needs._replace(step=adapters), devices(8, 70)).shape == (8, 1, 1)
+    with raises_input_error("config.finetune.method=lora", "of gradients and moments", "use 4 such devices"):
         choose_shape(needs, devices(1, 70))
+    large = adapters._replace(tokens=600_000, rows=600, longest=1000)
+    with raises_input_error("raise config.finetune.accumulation"):
+        choose_shape(needs._replace(step=large), devices(1, 80))
 
 
 def test_the_advice_holds():
