@@ -6,3 +6,9 @@ class InputError(ValueError):
 
     The launcher prints it as one line and exits non-zero; any other exception keeps its traceback.
     """
+
+
+class Terminated(KeyboardInterrupt):
+    """The run was asked to end (SIGTERM) and ended in order: the same command goes on from there."""
+
+    exit_code = 128 + 15  # as the shell reports a process that the signal ended

@@ -1,236 +1,322 @@
-"""The training loop: planned batches, a warm-up and cosine schedule, Orbax checkpoints, exact resumption."""
+"""The training run: its compiled step, its loop, what is followed, and how it goes on after an interruption.
 
-import csv
+Everything random is a function of the seed and the step, every batch one of data and configuration, so that a run that
+was killed and goes on equals an unbroken one to the bit.
+"""
+
+import contextlib
 import dataclasses
 import functools
-import io
 import math
-import shutil
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
-from jaxscape.data.batches import BatchShape, pack, round_up
 from jaxscape.errors import InputError
-from jaxscape.finetune.objective import TrainingBatch, train_step
-from jaxscape.models.decoder import REMAT
-from jaxscape.models.lora import LoraConfig, LoraParam
-from jaxscape.models.pretrained import Pretrained, attach_adapters, fold_adapters, values_of, with_values
-from jaxscape.workspace import write_bytes
+from jaxscape.finetune.batching import Batches
+from jaxscape.finetune.checkpoints import Checkpoints, apart, named, unnamed
+from jaxscape.finetune.checkpoints import discard_states as discard_states
+from jaxscape.finetune.checkpoints import load_trained as load_trained
+from jaxscape.finetune.config import FinetuneConfig
+from jaxscape.finetune.dataset import TrainingSet, ValidationSet
+from jaxscape.finetune.evaluation import Evaluator
+from jaxscape.finetune.interruption import Interruption
+from jaxscape.finetune.log import Log
+from jaxscape.finetune.objective import Metrics, train_step
+from jaxscape.finetune.optimizers import optimizer, schedule, state_shardings
+from jaxscape.finetune.progress import Progress, memory_lines
+from jaxscape.finetune.trackers import Trackers, check_trackers
+from jaxscape.models.answers import letter_table
+from jaxscape.models.lora import LoraParam
+from jaxscape.models.pretrained import DTYPES, Pretrained, attach_adapters, fold_adapters, values_of, with_values
+from jaxscape.models.sharding import LANES
 
-LOG, STEPS, RESULT = "log.csv", "steps", "result"
-_LOG_COLUMNS = ("step", "loss", "accuracy", "gradient_norm", "learning_rate")
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
-    """How to fine-tune.
-
-    Attributes:
-      method: "lora" or "full" (all weights).
-      lora: the adapters, for method "lora".
-      learning_rate: at the peak of the schedule.
-      steps: optimiser steps.
-      batch_size: questions a step.
-      warmup_ratio: share of the steps in which the rate rises from 0.
-      final_ratio: rate at the end of the cosine, as a share of the peak.
-      weight_decay: of AdamW.
-      beta2: of AdamW.
-      clip_norm: largest global norm of a step's gradient.
-      remat: what the backward pass recomputes to save memory, a name in ``decoder.REMAT``.
-      checkpoint_every: steps between two checkpoints.
-      seed: of data order, adapters and dropout.
-    """
-
-    method: str
-    lora: LoraConfig
-    learning_rate: float
-    steps: int
-    batch_size: int
-    warmup_ratio: float
-    final_ratio: float
-    weight_decay: float
-    beta2: float
-    clip_norm: float
-    remat: str
-    checkpoint_every: int
-    seed: int
-
-    def __post_init__(self):
-        if self.method not in ("lora", "full"):
-            raise InputError(f"config.finetune.method {self.method!r}: choose 'lora' or 'full'")
-        if self.remat not in REMAT:
-            raise InputError(f"config.finetune.remat {self.remat!r}: choose from {', '.join(REMAT)}")
-        for name in ("steps", "batch_size", "checkpoint_every", "learning_rate", "clip_norm"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"config.finetune.{name} = {getattr(self, name)}: must be greater than 0")
-        if self.weight_decay < 0 or not 0 <= self.beta2 < 1:
-            raise InputError(
-                f"config.finetune.weight_decay = {self.weight_decay}, beta2 = {self.beta2}: must be 0 or more, "
-                "and in [0, 1)"
-            )
-        for name in ("warmup_ratio", "final_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"config.finetune.{name} = {getattr(self, name)}: must be in [0, 1]")
-
-    def schedule(self) -> optax.Schedule:
-        """Learning rate by step: linear warm-up, then a cosine to ``final_ratio`` of the peak."""
-        return optax.warmup_cosine_decay_schedule(
-            init_value=0.0,
-            peak_value=self.learning_rate,
-            warmup_steps=min(math.ceil(self.warmup_ratio * self.steps), self.steps - 1),
-            decay_steps=self.steps,
-            end_value=self.final_ratio * self.learning_rate,
-        )
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW behind a global-norm clip."""
-        return optax.chain(
-            optax.clip_by_global_norm(self.clip_norm),
-            optax.adamw(self.schedule(), b2=self.beta2, weight_decay=self.weight_decay),
-        )
-
-
-class TrainingSet(NamedTuple):
-    """Tokenised training questions.
-
-    Attributes:
-      tokens: token ids of each prompt, ending where the answer is asked for.
-      targets: token that should follow each.
-    """
-
-    tokens: Sequence[Sequence[int]]
-    targets: Sequence[int]
-
-
-def data_order(count: int, steps: int, batch_size: int, seed: int) -> np.ndarray:
-    """Questions of every step: int [steps, batch_size]; each epoch is a new permutation of all of them."""
-    epochs = math.ceil(steps * batch_size / count)
-    order = np.concatenate([np.random.default_rng((seed, epoch)).permutation(count) for epoch in range(epochs)])
-    return order[: steps * batch_size].reshape(steps, batch_size)
-
-
-@functools.lru_cache(maxsize=4)
-def _optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
-    return config.optimizer()  # one object a configuration: it is part of the compiled step's key
-
-
-def _places(optimizer: optax.GradientTransformation, trainable: nnx.State) -> tuple:
-    """Shardings of the trainable parameters and of the optimiser's state, whose moments lie beside their parameters."""
-    beside = jax.tree.map(lambda leaf: leaf.sharding, trainable)
-    everywhere = NamedSharding(jax.tree.leaves(beside)[0].mesh, PartitionSpec())
-    state = jax.eval_shape(optimizer.init, trainable)
-    return beside, optax.tree_map_params(
-        optimizer, lambda _, place: place, state, beside, transform_non_params=lambda _: everywhere
-    )
+LOG, VALIDATION, BY_SUBJECT = "log.csv", "validation.csv", "validation_by_subject.csv"
+_COLUMNS = {"step": int, "loss": float, "accuracy": float, "gradient_norm": float, "learning_rate": float,
+            "tokens": int}  # fmt: skip
+_VALIDATION_COLUMNS = {"step": int, "accuracy_micro": float, "accuracy_macro": float, "loss": float}
+_SUBJECT_COLUMNS = {"step": int, "subject": str, "accuracy": float}
+# Steps that may be on their way while the metrics of the one before are fetched; CPUs gain nothing by it.
+_AHEAD = {"cpu": 0}
+_FINAL = 20  # steps that the final loss is the mean of
+_NAMED = 3  # questions of a batch that a message names
 
 
 @functools.lru_cache(maxsize=4)
 def _compiled_step(leaves: Sequence[NamedSharding], tree):
-    """``train_step`` that leaves every array where it was: one program for all steps, those after a restart too."""
+    """``train_step`` that leaves every array where it was: one program a shape, for steps after a restart too."""
     return jax.jit(
         train_step,
-        static_argnames=("graphdef", "optimizer", "remat"),
+        static_argnames=("graphdef", "optimizer", "remat", "dtype"),
         donate_argnames=("trainable", "opt_state"),
         out_shardings=(*jax.tree.unflatten(tree, leaves), None),
     )
 
 
+@jax.jit
+def _all_finite(leaves: Sequence[jax.Array]) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
+
+
+def _split(model: Pretrained, config: FinetuneConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """(graphdef, what is trained: float32, what is not)."""
+    if config.method == "lora":
+        graphdef, state = attach_adapters(model, config.lora, config.seed)
+        return nnx.split(nnx.merge(graphdef, state), LoraParam, ...)
+    masters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.params)
+    return nnx.split(nnx.merge(model.graphdef, masters), nnx.Param, ...)
+
+
 class TrainingRun:
-    """A training run between two steps: everything a checkpoint holds, and what makes the next step."""
+    """A training run between two steps: everything a state holds, and what makes the next step.
+
+    Attributes:
+      config: how.
+      batches: what each step shows.
+      mesh: where.
+      graphdef: of the decoder, with adapters where those are trained.
+      trainable: parameters that change, float32.
+      frozen: all the others.
+      opt_state: the optimiser's, beside them.
+      is_new: whether the last step was the first of its shape: its program may have been compiled for it.
+    """
 
     def __init__(self, model: Pretrained, config: FinetuneConfig, data: TrainingSet):
-        self.config, self.data = config, data
-        self.order = data_order(len(data.tokens), config.steps, config.batch_size, config.seed)
-        lengths = np.array([len(row) for row in data.tokens])
-        self.shape = BatchShape(
-            round_up(int(lengths[self.order].sum(axis=1).max())), config.batch_size, round_up(int(lengths.max()))
-        )
-        if config.method == "lora":
-            graphdef, state = attach_adapters(model, config.lora, config.seed)
-            self.graphdef, self.trainable, self.frozen = nnx.split(nnx.merge(graphdef, state), LoraParam, ...)
-        else:
-            self.graphdef, self.trainable, self.frozen = nnx.split(
-                nnx.merge(model.graphdef, model.params), nnx.Param, ...)
-        self.optimizer = _optimizer(config)
-        places = _places(self.optimizer, self.trainable)
-        self.opt_state = jax.jit(self.optimizer.init, out_shardings=places[1])(self.trainable)
+        self.config = config
+        self.graphdef, self.trainable, self.frozen = _split(model, config)
+        self.mesh = jax.tree.leaves(self.trainable)[0].sharding.mesh
+        self.lanes = math.prod(self.mesh.shape[axis] for axis in LANES)
+        self.batches = Batches(
+            data, steps=config.steps, batch_size=config.batch_size, parts=config.accumulation, lanes=self.lanes,
+            packing=config.packing, seed=config.seed,
+        )  # fmt: skip
+        self.is_new, self._shapes = True, set()
+        self.dtype = DTYPES[config.dtype]
+        self._optimizer = optimizer(config)
+        beside = jax.tree.map(lambda leaf: leaf.sharding, self.trainable)
+        places = beside, state_shardings(self._optimizer, self.trainable)
+        self.opt_state = jax.jit(self._optimizer.init, out_shardings=places[1])(self.trainable)
         leaves, tree = jax.tree.flatten(places)
         self._train_step = _compiled_step(tuple(leaves), tree)
+        self._lanes_sharding = NamedSharding(self.mesh, PartitionSpec(None, LANES))
         self.dropout_key = jax.random.key(config.seed + 1) if config.method == "lora" and config.lora.dropout else None
 
-    def step(self, step: int) -> dict[str, float]:
-        """Takes step ``step`` (from 0) and returns its metrics."""
-        rows = self.order[step]
-        batch = TrainingBatch(
-            pack([self.data.tokens[row] for row in rows], self.shape),
-            np.asarray([self.data.targets[row] for row in rows], np.int32),
-            np.ones(len(rows), np.float32),
-        )
+    def step(self, step: int) -> Metrics:
+        """Takes step ``step`` (from 0) and returns its metrics, which may still be on their way."""
+        arguments, options = self._arguments(step)
+        shape = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[-2]))
+        self.is_new = shape not in self._shapes
+        self._shapes.add(shape)
+        self.trainable, self.opt_state, metrics = self._train_step(*arguments, **options)
+        return metrics
+
+    def temporary_bytes(self, step: int) -> int | None:
+        """Bytes on a device that a step needs beside its arguments; None where the backend does not tell."""
+        arguments, options = self._arguments(step)
+        # compiled here, and not again when the step is taken
+        analysis = self._train_step.lower(*arguments, **options).compile().memory_analysis()
+        return getattr(analysis, "temp_size_in_bytes", None)
+
+    def _arguments(self, step: int) -> tuple[tuple, dict]:
+        batch = jax.device_put(self.batches.step(step), self._lanes_sharding)
         key = None if self.dropout_key is None else jax.random.fold_in(self.dropout_key, step)
-        self.trainable, self.opt_state, metrics = self._train_step(
-            self.graphdef, self.optimizer, self.trainable, self.frozen, self.opt_state, batch, key,
-            remat=self.config.remat,
-        )
-        return {name: float(value) for name, value in metrics.items()}
+        state = self.graphdef, self._optimizer, self.trainable, self.frozen, self.opt_state
+        return (*state, batch, key), {"remat": self.config.remat, "dtype": self.dtype}
 
     def tree(self) -> dict:
-        """What a checkpoint holds; the optimiser's leaves are numbered, so that no class of its makes it to disk."""
+        """What a state holds; the optimiser's leaves are numbered, so that no class of its makes it to disk."""
         leaves = {f"{number:04d}": leaf for number, leaf in enumerate(jax.tree.leaves(self.opt_state))}
         return {"trainable": named(values_of(self.trainable)), "opt_state": leaves}
 
     def restore(self, tree: Mapping) -> None:
-        """Takes a checkpoint's place."""
+        """Takes a state's place."""
         self.trainable = with_values(self.trainable, unnamed(tree["trainable"]))
         leaves = [tree["opt_state"][name] for name in sorted(tree["opt_state"])]
         self.opt_state = jax.tree.unflatten(jax.tree.structure(self.opt_state), leaves)
 
-
-def named(values: Mapping[tuple[str, ...], jax.Array]) -> dict[str, jax.Array]:
-    """Parameter paths joined by dots, as checkpoints name them."""
-    return {".".join(path): value for path, value in values.items()}
-
-
-def unnamed(values: Mapping[str, jax.Array]) -> dict[tuple[str, ...], jax.Array]:
-    """The inverse of ``named``."""
-    return {tuple(name.split(".")): value for name, value in values.items()}
+    def is_finite(self) -> bool:
+        """Whether no trained parameter is NaN or infinite."""
+        return bool(_all_finite(jax.tree.leaves(self.trainable)))
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
-    """Writes arrays as they are: float32 weights don't compress, and trying costs a copy of them in memory."""
-    return ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=1)
+class _Loop:
+    """A run with what it leaves on disk and shows to the user."""
+
+    def __init__(
+        self, run: TrainingRun, checkpoints: Checkpoints, evaluate: Evaluator | None, trackers: Trackers, start: int,
+        label: str,
+    ):  # fmt: skip
+        self.run, self.config, self.checkpoints, self.evaluate = run, run.config, checkpoints, evaluate
+        self.trackers, self.start, self.folder = trackers, start, checkpoints.folder
+        self.schedule = schedule(self.config)
+        self.log = Log(self.folder / LOG, _COLUMNS, start)
+        self.validation = Log(self.folder / VALIDATION, _VALIDATION_COLUMNS, start)
+        evaluated = max((row["step"] for row in self.validation.rows), default=-1)
+        self.by_subject = Log(self.folder / BY_SUBJECT, _SUBJECT_COLUMNS, evaluated)
+        self.kept = set(checkpoints.kept())
+        self._check_whole()
+        self.pending: deque[tuple[int, Metrics, bool]] = deque()
+        self.ahead = _AHEAD.get(run.mesh.devices.flat[0].platform, 1)
+        self.progress = Progress(label, start, self.config.steps, self.config.batch_size)
+
+    def _check_whole(self) -> None:
+        """Refuses a folder out of which somebody took what the state builds on."""
+        lost = [step for step in self.config.kept_steps() if step < self.start and step not in self.kept]
+        if lost or len(self.log.rows) < self.start:
+            what = f"the parameters of step {lost[0]}" if lost else f"rows of {LOG} after step {len(self.log.rows)}"
+            raise InputError(f"{self.folder}: {what} are missing, though the state is of step {self.start}; delete "
+                             "this folder and run again")  # fmt: skip
+
+    def go(self, interruption: Interruption) -> None:
+        """Takes all steps that are left.
+
+        Raises:
+          InputError: loss, gradient or parameters are not finite, or something cannot be written.
+          KeyboardInterrupt: a signal came; the state is saved.
+        """
+        with self.progress:
+            for step in range(self.start, self.config.steps + 1):
+                self._stop_if(interruption, step)
+                self._settle(step)
+                self._stop_if(interruption, step)
+                if step < self.config.steps:
+                    metrics = self.run.step(step)
+                    self.pending.append((step, metrics, self.run.is_new))
+                    self._record(self.ahead)
+            self.checkpoints.wait()
+
+    def close(self) -> None:
+        """Closes the files."""
+        for log in (self.log, self.validation, self.by_subject):
+            log.close()
+
+    def _stop_if(self, interruption: Interruption, step: int) -> None:
+        if interruption.received is None:
+            return
+        self._record(0)
+        if step and not self.checkpoints.has_state(step):
+            self._save(step)
+        self.checkpoints.wait()
+        raise interruption.error()
+
+    def _settle(self, step: int) -> None:
+        """Does what is to be done with the parameters that ``step`` steps have left."""
+        keeps = step in self.config.kept_steps() and step not in self.kept
+        saves = step % self.config.save_every == 0 and self.start < step < self.config.steps
+        asks = self.evaluate and step in self.config.evaluated_steps() and not self._is_evaluated(step)
+        if not (keeps or saves or asks):
+            return
+        self._record(0)
+        if keeps:
+            self._check_finite(step)
+            self.checkpoints.keep(step, apart(named(values_of(self.run.trainable))))
+            self.kept.add(step)
+        if saves:
+            self._save(step)
+        if asks:
+            self._ask(step)
+        self.progress.go()
+
+    def _save(self, step: int) -> None:
+        self._check_finite(step)
+        with self._writing(LOG):
+            self.log.sync()
+            self.validation.sync()
+            self.by_subject.sync()
+        self.checkpoints.save(step, apart(self.run.tree()))
+
+    def _is_evaluated(self, step: int) -> bool:
+        return any(row["step"] == step for row in self.validation.rows)
+
+    def _ask(self, step: int) -> None:
+        found = self.evaluate(self.run.trainable, self.run.frozen)
+        row = {"step": step, "accuracy_micro": float(found.micro), "accuracy_macro": float(found.macro),
+               "loss": float(found.loss)}  # fmt: skip
+        with self._writing(VALIDATION):
+            for subject, accuracy in found.by_subject.items():
+                self.by_subject.append({"step": step, "subject": subject, "accuracy": float(accuracy)})
+            self.validation.append(row)  # last: an evaluation is done when its row is here
+        self.trackers.log(step, {f"validation/{name}": value for name, value in row.items() if name != "step"})
+
+    def _record(self, ahead: int) -> None:
+        """Writes down the steps that were taken, but for the last ``ahead``."""
+        while len(self.pending) > ahead:
+            step, metrics, compiled = self.pending.popleft()
+            values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
+            # a gradient that is not finite spoils the parameters of all that follows
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+                said = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
+                raise self._diverged(step, f"{said} at step {step + 1}")
+            tokens = int(self.run.batches.tokens(step))
+            row = {"step": step + 1, **values, "learning_rate": float(self.schedule(step)), "tokens": tokens}
+            with self._writing(LOG):
+                self.log.append(row)
+            rate = self.progress.step(row["loss"], tokens, compiled)
+            curves = {name: row[name] for name in ("loss", "accuracy", "gradient_norm", "learning_rate")}
+            curves |= {} if rate is None else {"tokens_per_second": rate}
+            self.trackers.log(step + 1, {f"train/{name}": value for name, value in curves.items()})
+
+    def _check_finite(self, step: int) -> None:
+        if step and not self.run.is_finite():
+            raise self._diverged(step - 1, f"parameters are not finite after step {step}")
+
+    def _diverged(self, step: int, what: str) -> InputError:
+        """What to say of step ``step`` (from 0)."""
+        self.checkpoints.settle()
+        names = list(self.run.batches.names(step))
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        state, kept = self.checkpoints.newest(), self.checkpoints.kept()
+        good = f"the last good state is of step {state}" if state else "there is no state before it"
+        good += f", the last parameters kept are in {self.folder / 'kept' / str(kept[-1])}" if kept else ""
+        return InputError(
+            f"fine-tuning diverged: {what} (questions {', '.join(names[:_NAMED])}{more}); {good}; lower "
+            "config.finetune.learning_rate, or set clip_norm, and give another --workdir"
+        )
+
+    @contextlib.contextmanager
+    def _writing(self, name: str):
+        try:
+            yield
+        except OSError as error:
+            raise self.checkpoints.cannot_write(str(self.folder / name), error) from error
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest."""
+        rows = self.log.rows[-_FINAL:]
+        found = {
+            "parameters_trained": int(sum(leaf.size for leaf in jax.tree.leaves(self.run.trainable))),
+            "tokens": sum(row["tokens"] for row in self.log.rows),
+            "final_loss": sum(row["loss"] for row in rows) / len(rows),
+            "final_training_accuracy": sum(row["accuracy"] for row in rows) / len(rows),
+            "kept_steps": list(self.config.kept_steps()),
+            "tokens_per_second": self.progress.tokens_per_second(),
+        }
+        if self.validation.rows:
+            last = self.validation.rows[-1]
+            found |= {f"validation_{name}": last[name] for name in ("accuracy_micro", "accuracy_macro")}
+        return found
 
 
-def _manager(folder: Path) -> ocp.CheckpointManager:
-    # Saved synchronously: an asynchronous save holds on to the arrays that the next step would reuse.
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((folder / STEPS).resolve(), options=options, item_handlers=_handler())
+def finetune(
+    model: Pretrained,
+    config: FinetuneConfig,
+    data: TrainingSet,
+    folder: Path,
+    *,
+    validation: ValidationSet | None = None,
+    trackers: Sequence[str] = (),
+    label: str,
+) -> dict[str, Any]:
+    """Fine-tunes, going on from the newest state in ``folder``; leaves there the parameters that are kept, and logs.
 
-
-def _restore(manager: ocp.CheckpointManager, step: int, like: dict) -> dict:
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-    try:
-        return manager.restore(step, args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args))
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable(Path(manager.directory) / str(step), error, manager.directory) from None
-
-
-def _unreadable(path: Path, error: Exception, folder: Path) -> InputError:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return InputError(f"{path}: unreadable checkpoint ({first}); delete {folder} and run again")
-
-
-def finetune(model: Pretrained, config: FinetuneConfig, data: TrainingSet, folder: Path, *, label: str) -> dict:
-    """Fine-tunes, going on from the last checkpoint in ``folder``; leaves the trained parameters and a log there.
+    While it runs, the first SIGINT or SIGTERM ends it after the step it is at, with the state saved.
 
     With method "full" the arrays of ``model`` are given up to the optimiser and must not be used afterwards.
 
@@ -238,92 +324,65 @@ def finetune(model: Pretrained, config: FinetuneConfig, data: TrainingSet, folde
       model: what to start from.
       config: how.
       data: on what.
-      folder: where checkpoints, log and result lie.
+      folder: of the run; it exists.
+      validation: what is asked while it trains; None: nothing.
+      trackers: names out of ``trackers.TRACKERS``.
       label: name on the progress bar.
 
     Returns:
       Facts for the manifest.
 
     Raises:
-      InputError: loss or gradient became NaN or infinite; says at which step and after which checkpoint. Or a
-        checkpoint is unreadable.
+      InputError: the training diverged: says at which step, on which questions, and what the last good checkpoint is.
+        Or a checkpoint is unreadable or cannot be written, or a tracker is not there.
+      KeyboardInterrupt: SIGINT; its subclass ``Terminated``: SIGTERM.
     """
+    check_trackers(trackers)
     run = TrainingRun(model, config, data)
-    with _manager(folder) as manager:
-        start = manager.latest_step() or 0
-        if start:
-            run.restore(_restore(manager, start, run.tree()))
-        rows = _read_log(folder / LOG)[:start]
-        schedule = config.schedule()
-        with tqdm(total=config.steps, initial=start, desc=f"finetune {label}", unit="step", smoothing=0.05) as bar:
-            for step in range(start, config.steps):
-                metrics = run.step(step)
-                # a gradient that is not finite spoils the parameters that the next checkpoint would hold
-                if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])):
-                    raise InputError(
-                        f"fine-tuning diverged: loss {metrics['loss']}, gradient norm {metrics['gradient_norm']} at "
-                        f"step {step + 1}; the last checkpoint is of step {manager.latest_step() or 0}; lower "
-                        "config.finetune.learning_rate and give another --workdir"
-                    )
-                rows.append({"step": step + 1, **metrics, "learning_rate": float(schedule(step))})
-                recent = rows[-20:]
-                bar.set_postfix_str(f"loss {sum(r['loss'] for r in recent) / len(recent):.3f}", refresh=False)
-                bar.update()
-                if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-                    _write_log(folder / LOG, rows)  # before the checkpoint: a log may be ahead of it, never behind
-                    manager.save(step + 1, args=ocp.args.PyTreeSave(run.tree()))
-    _write_log(folder / LOG, rows)
-    with ocp.Checkpointer(_handler()) as checkpointer:
-        checkpointer.save((folder / RESULT).resolve(), named(values_of(run.trainable)), force=True)
-    count = sum(leaf.size for leaf in jax.tree.leaves(run.trainable))
-    last = rows[-20:]
-    return {
-        "parameters_trained": int(count),
-        "tokens": int(sum(len(data.tokens[row]) for row in run.order.reshape(-1))),
-        "final_loss": sum(row["loss"] for row in last) / len(last),
-        "final_training_accuracy": sum(row["accuracy"] for row in last) / len(last),
-    }
+    with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        checkpoints = stack.enter_context(Checkpoints(folder, config.keep))
+        if start := checkpoints.newest():
+            run.restore(checkpoints.restore(run.tree()))
+        told = dataclasses.asdict(config)
+        following = stack.enter_context(Trackers(trackers, folder, label=label, config=told, start=start))
+        loop = _Loop(run, checkpoints, _evaluator(run, model, validation), following, start, label)
+        stack.callback(loop.close)
+        if start < config.steps:
+            parts = {"trained": run.trainable, "frozen": run.frozen, "of the optimizer's": run.opt_state}
+            print(*memory_lines(parts, run.temporary_bytes(start)), sep="\n", flush=True)
+        loop.go(interruption)
+        loop.log.write_parquet()
+        return loop.facts()
 
 
-def discard_steps(folder: Path) -> None:
-    """Removes the checkpoints that only an unfinished run needs: three times the size of what was trained."""
-    shutil.rmtree(folder / STEPS, ignore_errors=True)
+def _evaluator(run: TrainingRun, model: Pretrained, validation: ValidationSet | None) -> Evaluator | None:
+    if validation is None or not run.config.evaluated_steps():
+        return None
+    table = letter_table(model.tokenizer.letter_ids())
+    return Evaluator(run.graphdef, validation, table, run.lanes, run.dtype, packing=run.config.packing)
 
 
-def load_finetuned(model: Pretrained, config: FinetuneConfig, folder: Path) -> Pretrained:
-    """The model with the parameters that ``finetune`` left in ``folder``; adapters are folded into the kernels.
+def load_finetuned(
+    model: Pretrained, config: FinetuneConfig, folder: Path, step: int | None = None
+) -> Pretrained:
+    """The model with parameters that ``finetune`` kept in ``folder``; adapters are folded into the kernels.
+
+    Args:
+      model: what was fine-tuned.
+      config: how.
+      folder: where.
+      step: one of those that were kept; None: the last.
 
     Raises:
       InputError: the checkpoint is missing or unreadable.
     """
-    try:
-        with ocp.Checkpointer(_handler()) as checkpointer:
-            path = (folder / RESULT).resolve()
-            names = checkpointer.metadata(path).item_metadata
-            if names is None:
-                raise FileNotFoundError("no metadata")
-            on_host = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-            trained = unnamed(checkpointer.restore(path, restore_args=on_host))
-    except (OSError, KeyError, ValueError) as error:
-        raise _unreadable(folder / RESULT, error, folder) from None
+    trained = load_trained(folder, step)
     if config.method == "lora":
         return fold_adapters(model, config.lora, trained)
     before = values_of(model.params)
-    placed = {path: jax.device_put(value, before[path].sharding) for path, value in trained.items()}
+    placed = {
+        path: jax.device_put(np.asarray(value, before[path].dtype), before[path].sharding)
+        for path, value in trained.items()
+    }
     return model._replace(params=with_values(model.params, {**before, **placed}))
-
-
-def _read_log(path: Path) -> list[dict]:
-    if not path.is_file():
-        return []
-    with path.open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    return [{"step": int(row["step"]), **{k: float(row[k]) for k in _LOG_COLUMNS[1:]}} for row in rows]
-
-
-def _write_log(path: Path, rows: Sequence[Mapping]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, _LOG_COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, text.getvalue().encode())

@@ -1,0 +1,46 @@
+"""A process of eight host devices: a few training steps on several meshes. Prints one line of JSON.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.finetune.on_meshes
+"""
+
+import dataclasses
+import json
+
+import jax
+
+from jaxscape.finetune.progress import memory_lines
+from jaxscape.finetune.trainer import TrainingRun
+from jaxscape.models.lora import LoraConfig
+from jaxscape.models.pretrained import load_pretrained
+from jaxscape.models.sharding import MeshShape, make_mesh
+from tests.finetune.runs import TINY, CONFIG, FULL, training_set
+
+STEPS = 3
+METHODS = {
+    "lora": dataclasses.replace(CONFIG, lora=LoraConfig(4, 8.0), batch_size=8),
+    "full": dataclasses.replace(FULL, batch_size=8, remat="blocks"),
+}
+MESHES = {"lora": (MeshShape(), MeshShape(8, 1, 1), MeshShape(2, 2, 2)),
+          "full": (MeshShape(), MeshShape(1, 8, 1), MeshShape(2, 2, 2))}  # fmt: skip
+
+
+def main() -> None:
+    """Takes the steps; says each one's loss and gradient norm, and what a device holds."""
+    found = {}
+    for method, meshes in MESHES.items():
+        for shape in meshes:
+            run = TrainingRun(load_pretrained(TINY, make_mesh(*shape)), METHODS[method], training_set(16))
+            metrics = [run.step(step) for step in range(STEPS)]
+            parts = {"trained": run.trainable, "frozen": run.frozen, "optimizer": run.opt_state}
+            found[f"{method} {shape}"] = {
+                "loss": [float(m.loss) for m in metrics], "gradient_norm": [float(m.gradient_norm) for m in metrics],
+                "memory": list(memory_lines(parts, None)),
+                "on_a_device": {name: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(part))
+                                for name, part in parts.items()},
+            }  # fmt: skip
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    with jax.default_matmul_precision("float32"):
+        main()
