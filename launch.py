@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs import quickstart
-from jaxscape.errors import InputError
+from jaxscape.errors import InputError, Terminated
 
 _HERE = Path(__file__).resolve().parent
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment; default: workdirs/<name of the config>.")
@@ -119,24 +119,34 @@ def _keep_interrupts(ignored) -> None:
     JAX runs a callback at every garbage collection; a Ctrl-C during a long compilation is often raised there, and lost.
     """
     if issubclass(ignored.exc_type, KeyboardInterrupt):
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        number = signal.SIGTERM if issubclass(ignored.exc_type, Terminated) else signal.SIGINT
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
     else:
         sys.__unraisablehook__(ignored)
 
 
+def _terminate(*_) -> None:
+    raise Terminated
+
+
 def _run(argv: list[str]) -> None:
     sys.unraisablehook = _keep_interrupts
+    if (before := signal.getsignal(signal.SIGTERM)) == signal.SIG_DFL:  # what is ignored stays ignored
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         main(argv)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\njaxscape: interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(stop.exit_code if isinstance(stop, Terminated) else 130)
     except InputError as error:
         _fail(error)
     except Exception as error:
         if "No space left" not in str(error):
             raise
         _fail(f"the disk is full ({error}); make room and run the same command again: what is finished is kept")
+    finally:
+        if before == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

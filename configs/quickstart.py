@@ -32,7 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.mask = ""  # mmlu: file of the test rows to keep
 
     # "<k>shot": the pretrained model after k solved examples; "<k>shot_permuted": their order differs from question to
-    # question; "sft": the fine-tuned model, 0-shot.
+    # question; "sft": the fine-tuned model, 0-shot; "sft@40": as it was after step 40, where that one is kept;
+    # "sft@all": after every step that is kept, the last one as "sft".
     config.conditions = ("0shot", "5shot", "sft")
 
     config.collect = ml_collections.ConfigDict()
@@ -44,21 +45,37 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.finetune = ml_collections.ConfigDict()
     config.finetune.method = "full"  # or "lora"
-    config.finetune.header = False  # train on the question without the line that names the subject
-    config.finetune.rank = 16
-    config.finetune.alpha = 32.0
+    config.finetune.rank = 16  # of LoRA, as the next five
+    config.finetune.alpha = 32.0  # the update is scaled by alpha / rank
     config.finetune.dropout = 0.0
     config.finetune.targets = ("q", "k", "v", "o", "gate", "up", "down")
+    config.finetune.rslora = False  # scale by alpha / sqrt(rank)
+    config.finetune.dora = False  # train lengths and directions of the kernels' columns apart
+    config.finetune.adapter = ""  # a folder in PEFT's format: "sft" is this adapter, nothing is trained
+    config.finetune.optimizer = "adamw(b2=0.95)"  # any optimiser of optax, with its options
     config.finetune.learning_rate = 3e-4
     config.finetune.steps = 80
+    config.finetune.epochs = 0.0  # times that each question is shown, instead of steps
     config.finetune.batch_size = 12
+    config.finetune.accumulation = 1  # parts that a step is computed in, one after the other, to save memory
     config.finetune.warmup_ratio = 0.05
-    config.finetune.final_ratio = 0.01
-    config.finetune.weight_decay = 0.0
-    config.finetune.beta2 = 0.95
-    config.finetune.clip_norm = 1.0
-    config.finetune.remat = "elementwise"
-    config.finetune.checkpoint_every = 40
+    config.finetune.final_ratio = 0.01  # of the learning rate, at the end of the cosine
+    config.finetune.clip_norm = 1.0  # 0: the gradient is not clipped
+    config.finetune.remat = "elementwise"  # recomputed to save memory; or "blocks" (more), "none"
+    config.finetune.packing = False  # several questions in a row of attention: the same loss, less padding
+    config.finetune.evaluations = 0  # times that the validation questions are asked, after the first
+    config.finetune.checkpoints = 4  # steps that are kept, logarithmically spaced; "sft@all" asks at each
+    config.finetune.save_every = 40  # steps between two states to resume from
+    config.finetune.keep = 1  # of these states on disk
+    config.finetune.header = False  # train on the question without the line that names the subject
+    config.finetune.splits = ("train",)  # trained on; mmlu: ("dev", "validation")
+    config.finetune.per_subject = 0  # questions of each subject that are trained on, at most; 0: all
+    config.finetune.class_weights = True  # subjects count the same, however many questions they have
+    config.finetune.validation = ""  # "held_out": some of what would be trained on; or "validation", "test"
+    config.finetune.validation_share = 0.1  # of each subject, that "held_out" holds out
+    config.finetune.validation_questions = 0  # at most so many, of all subjects alike; 0: all
+    config.finetune.trackers = ()  # of "tensorboard", "wandb": the log goes there too
+    config.finetune.export_merged = False  # write the fine-tuned model as a hub-format folder
 
     config.landscape = ml_collections.ConfigDict()
     config.landscape.k = 16  # neighbours of the density estimate

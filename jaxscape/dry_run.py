@@ -5,6 +5,7 @@ disk, can be planned anywhere. The batches are those the run would make; memory 
 time is arithmetic by a stated rate, and nothing that is not arithmetic (reading weights, compiling) is in it.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxscape import runtime
 from jaxscape.collect.collector import plan_for
@@ -19,6 +21,7 @@ from jaxscape.collect.planning import Plan, plan_facts
 from jaxscape.collect.recipe import layer_numbers, question_starts
 from jaxscape.data.prompts import Prompt
 from jaxscape.errors import InputError
+from jaxscape.finetune.batching import data_order
 from jaxscape.models import memory, sources, tokenizer
 from jaxscape.models.architecture import Architecture
 from jaxscape.models.decoder import check_sites
@@ -169,13 +172,17 @@ def collection_flops(arch: Architecture, plan: Plan) -> int:
     return linear_flops(arch) * plan_facts(plan)["tokens_computed"] + attention + head
 
 
-def training_flops(arch: Architecture, lengths: Sequence[int], finetune) -> float:
+def training_flops(arch: Architecture, lengths: Sequence[int], finetuning) -> float:
     """Operations of fine-tuning, attention aside: the backward pass costs two forward ones, of which one is the
     gradient of the kernels, that LoRA doesn't need; "blocks" runs the forward pass again."""
-    passes = (3 if finetune.method == "full" else 2) + (finetune.remat == "blocks")
-    tokens = finetune.steps * finetune.batch_size * sum(lengths) / len(lengths)
-    head = 2 * arch.width * arch.vocab_size * finetune.steps * finetune.batch_size
-    return passes * (linear_flops(arch) * tokens + head)
+    passes = (3 if finetuning.method == "full" else 2) + (finetuning.remat == "blocks")
+    mean = sum(lengths) / len(lengths)
+    return passes * forward_flops(arch, mean, 1) * finetuning.steps * finetuning.batch_size
+
+
+def forward_flops(arch: Architecture, tokens: float, rows: int) -> float:
+    """Operations of rows of so many tokens in all, attention aside."""
+    return linear_flops(arch) * tokens + 2 * arch.width * arch.vocab_size * rows
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
@@ -218,34 +225,41 @@ def describe(experiment, devices: Devices, tflops: float = 0.0) -> str:
     arch = read_architecture(path)
     check_sites(arch, (config.collect.site,))
     tokens_of = tokenizer.from_folder(path) if path.is_dir() else tokenizer.from_gguf(GgufFile(path))
-    training = experiment.training_texts()
-    choice = runtime.choose_mesh(arch, config, experiment.prompts, training, devices)
+    training, finetuning = experiment.training_texts(), experiment.finetuning
+    choice = runtime.choose_mesh(arch, config, experiment.prompts, training, finetuning, devices)
     rate = rate_of(devices, dtype, tflops)
-    plans = {}
-    for finetuned in (False, True):  # conditions of one model run together
-        names = [condition.name for condition in experiment.conditions if condition.finetuned == finetuned]
-        if names:
-            prompts = [prompt for name in names for prompt in experiment.prompts[name]]
-            plans[" + ".join(names)] = _plan(arch, tokens_of, prompts, config.collect, choice.shape.lanes)
-    work = largest_work(list(plans.values()), arch)
+    asked = _asked(experiment, arch, tokens_of, choice.shape.lanes)
+    work = largest_work([plan for plan, _ in asked.values()], arch)
     held = memory.device_memory(arch, DTYPES[dtype], choice.shape, work, devices.kind)
     at_once = rate.flops * choice.shape.size
     parts = [*_model(path, arch, dtype), f"mesh: {choice.shape} on {devices.count} x {devices.kind} ({choice.why})",
              f"memory of a device: {_memory(held, devices)}"]  # fmt: skip
-    for name, plan in plans.items():
-        parts += _condition(name, plan, arch, at_once, config.collect)
-    seconds = sum(collection_flops(arch, plan) for plan in plans.values()) / at_once
+    for name, (plan, models) in asked.items():
+        parts += _condition(name, plan, models, arch, at_once, config.collect)
+    seconds = sum(models * collection_flops(arch, plan) for plan, models in asked.values()) / at_once
     if training:
         lengths = list(map(len, tokens_of.encode(training)))
-        spent = training_flops(arch, lengths, config.finetune)
-        batch = config.finetune.batch_size
-        step = memory.Training(max(lengths) * batch, batch, max(lengths), config.finetune.method == "full",
-                               config.finetune.remat)  # fmt: skip
-        held = memory.training_memory(arch, DTYPES[dtype], choice.shape, step, devices.kind)
-        training_seconds = spent / (rate.flops * choice.shape.tensor)  # every lane runs the same step
-        parts += _finetuning(spent, training_seconds, config.finetune, held, devices)
-        seconds += training_seconds
+        texts = experiment.validation_texts()
+        followed = list(map(len, tokens_of.encode(texts))) if texts else []
+        lines, more = _finetuning(arch, finetuning, (lengths, followed), choice.shape, devices, rate)
+        parts += lines
+        seconds += more
     return "\n".join([*parts, *_estimate(seconds, rate, choice.shape)])
+
+
+def _asked(experiment, arch: Architecture, tokens_of, lanes: int) -> dict[str, tuple[Plan, int]]:
+    """What is asked together -> its plan, and of how many models: checkpoints are asked the same one after another."""
+    found = {}
+    pretrained = [c.name for c in experiment.conditions if not c.finetuned]
+    finetuned = [c.name for c in experiment.conditions if c.finetuned]
+    for label, names, models in (
+        (" + ".join(pretrained), pretrained, 1),
+        (", ".join(finetuned), finetuned[:1], len(finetuned)),
+    ):
+        if names:
+            prompts = [prompt for name in names for prompt in experiment.prompts[name]]
+            found[label] = _plan(arch, tokens_of, prompts, experiment.config.collect, lanes), models
+    return found
 
 
 def _plan(arch: Architecture, tokens_of, prompts: Sequence[Prompt], collect, lanes: int) -> Plan:
@@ -280,12 +294,13 @@ def _layers(collect, arch: Architecture) -> tuple[int, ...]:
     return layer_numbers(collect.layers, arch.num_layers, "config.collect.layers")
 
 
-def _condition(name: str, plan: Plan, arch: Architecture, at_once: float, collect) -> list[str]:
-    facts, spent = plan_facts(plan), collection_flops(arch, plan)
+def _condition(name: str, plan: Plan, models: int, arch: Architecture, at_once: float, collect) -> list[str]:
+    facts, spent = plan_facts(plan), models * collection_flops(arch, plan)
     layers = 1 if collect.site == "final_norm" else len(_layers(collect, arch))
-    disk = layers * len(plan.tokens) * arch.width * jnp.dtype(collect.dtype).itemsize
+    disk = models * layers * len(plan.tokens) * arch.width * jnp.dtype(collect.dtype).itemsize
+    each = f"{models} x " if models > 1 else ""
     lines = [
-        f"collect {name}: {len(plan.tokens):,} prompts of {facts['prompt_tokens']:,} tokens, of which "
+        f"collect {name}: {each}{len(plan.tokens):,} prompts of {facts['prompt_tokens']:,} tokens, of which "
         f"{facts['tokens_run']:,} run (shared ones once), {facts['padding']:.0%} padding beside them; "
         f"{facts['passes']:,} passes in {facts['programs']} shapes; {spent / 1e12:,.0f} TFLOP, "
         f"{duration(spent / at_once)}; {readable(disk)} of states on disk"
@@ -301,12 +316,48 @@ def _condition(name: str, plan: Plan, arch: Architecture, at_once: float, collec
     return lines
 
 
-def _finetuning(spent: float, seconds: float, finetune, held: memory.DeviceMemory, devices: Devices) -> list[str]:
+def _finetuning(
+    arch: Architecture, finetuning, lengths: tuple[Sequence[int], Sequence[int]], shape: MeshShape, devices: Devices,
+    rate: Rate,
+) -> tuple[list[str], float]:  # fmt: skip
+    """What fine-tuning does, line by line, and its seconds.
+
+    Args:
+      arch: the model.
+      finetuning: ``FinetuneConfig``.
+      lengths: tokens of each question trained on, and of each that follows the training.
+      shape: of the mesh, whose lanes share the rows of a step.
+      devices: to run on.
+      rate: of one.
+    """
+    trained, followed = lengths
+    fullest = max(sum(trained) / len(trained), *_step_means(trained, finetuning))
+    step = runtime.training_step(arch, finetuning, max(trained), fullest)
+    held = memory.training_memory(arch, DTYPES[finetuning.dtype], shape, step, devices.kind)
+    evaluations = len(finetuning.evaluated_steps()) if followed else 0
+    spent = training_flops(arch, trained, finetuning)
+    asked = evaluations * forward_flops(arch, sum(followed), len(followed))
+    idle = shape.lanes * -(-step.rows // shape.lanes) / step.rows  # lanes without a row of their own wait
+    seconds = (spent * idle + asked) / (rate.flops * shape.size)
+    numbers = sum(math.prod(leaf.shape) for leaf in memory.trained_shapes(arch, step.adapters).values())
+    kept, size = finetuning.kept_steps(), 4 * numbers
+    shown = finetuning.steps * finetuning.batch_size / len(trained)
+    parts = f" in {finetuning.accumulation} parts" if finetuning.accumulation > 1 else ""
+    of_questions = f" of {len(followed):,} questions" if evaluations else ""
     return [
-        f"fine-tuning ({finetune.method}): {finetune.steps} steps of {finetune.batch_size} questions; "
-        f"{spent / 1e12:,.0f} TFLOP, {duration(seconds)}",
+        f"fine-tuning ({finetuning.method}): {numbers:,} parameters, {len(trained):,} questions shown {shown:.1f} "
+        f"times, {finetuning.steps} steps of {finetuning.batch_size} questions{parts}, {evaluations} evaluations"
+        f"{of_questions}; {(spent + asked) / 1e12:,.0f} TFLOP, {duration(seconds)}",
         f"  memory of a device: {_memory(held, devices)}",
-    ]
+        f"  kept after steps {', '.join(map(str, kept))}: {readable(len(kept) * size)} on disk; states to resume from: "
+        f"{readable(finetuning.keep * size * (1 + step.state))} while it runs",
+    ], seconds
+
+
+def _step_means(lengths: Sequence[int], finetuning) -> list[float]:
+    """Tokens of a question in each step, on average."""
+    order = data_order(len(lengths), finetuning.steps, finetuning.batch_size, finetuning.seed)
+    return np.asarray(lengths)[order].mean(axis=1).tolist()
 
 
 def _estimate(seconds: float, rate: Rate, shape: MeshShape) -> list[str]:

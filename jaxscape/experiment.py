@@ -1,105 +1,20 @@
 """An experiment: conditions -> stages, in order; what is already done is skipped."""
 
-import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from jaxscape import runtime
-from jaxscape.data import bank
-from jaxscape.data.mmlu import load_mmlu
-from jaxscape.data.prompts import Prompt, build_prompts, training_text
-from jaxscape.data.questions import Question, select
+from jaxscape import runtime, training
+from jaxscape.checking import check_lengths, check_shown, check_training_data, check_values, finetune_config
+from jaxscape.conditions import Condition, expand_conditions, load_questions, parse_condition
+from jaxscape.data.prompts import Prompt, build_prompts
 from jaxscape.errors import InputError
 from jaxscape.workspace import Stage, Workspace, digest
 
 _POOLED = {"last": "last token", "question_mean": "mean over the question tokens"}
 STAGES = ("collect", "finetune", "landscape", "report")
-
-
-class Condition(NamedTuple):
-    """One way of asking the questions.
-
-    Attributes:
-      name: "0shot", "5shot", "5shot_permuted", ..., "sft".
-      shots: solved examples before the question.
-      finetuned: asked of the fine-tuned model.
-      permuted: the shots stand in another order before each question.
-    """
-
-    name: str
-    shots: int
-    finetuned: bool
-    permuted: bool = False
-
-
-def parse_condition(name: str) -> Condition:
-    """Reads a condition's name.
-
-    Raises:
-      InputError: it is neither "<k>shot", "<k>shot_permuted" nor "sft".
-    """
-    if name == "sft":
-        return Condition(name, 0, True)
-    if match := re.fullmatch(r"(\d+)shot(_permuted)?", str(name)):
-        return Condition(name, int(match[1]), False, bool(match[2]))
-    raise InputError(f"config.conditions: {name!r} is not a condition; write '<k>shot', '<k>shot_permuted' or 'sft'")
-
-
-class Questions(NamedTuple):
-    """The questions of an experiment.
-
-    Attributes:
-      test: asked under every condition.
-      dev: solved examples.
-      train: for fine-tuning.
-      subjects: names; the number of a subject is its place here.
-    """
-
-    test: Sequence[Question]
-    dev: Sequence[Question]
-    train: Sequence[Question]
-    subjects: Sequence[str]
-
-    def subject_numbers(self) -> np.ndarray:
-        """int [N] subject of each test question."""
-        number = {name: i for i, name in enumerate(self.subjects)}
-        return np.array([number[q.subject] for q in self.test])
-
-    def answers(self) -> np.ndarray:
-        """int [N] right answer of each test question."""
-        return np.array([q.answer for q in self.test])
-
-    def fingerprint(self) -> str:
-        """SHA-256 of every question."""
-        return digest([[q.key, q.question, q.choices, q.answer] for part in self[:3] for q in part])
-
-
-def load_questions(data) -> Questions:
-    """Loads what ``config.data`` names.
-
-    Raises:
-      InputError: the source or a subject is unknown, or a file is wrong.
-    """
-    kind, _, folder = data.source.partition(":")
-    if data.mask and kind != "mmlu":
-        raise InputError(f"config.data.mask {data.mask!r}: only mmlu:FOLDER takes a mask")
-    if kind == "bank":
-        everything = bank.load_bank(folder or None)
-    elif kind == "mmlu" and folder:
-        everything = load_mmlu(folder, mask=data.mask or None)
-    else:
-        raise InputError(f"config.data.source {data.source!r}: write 'bank', 'bank:FOLDER' or 'mmlu:FOLDER'")
-    chosen = select(everything, subjects=tuple(map(str, data.subjects)) or None)
-    test = select(chosen, split="test", per_subject=data.test_per_subject or None)
-    subjects = list(dict.fromkeys(q.subject for q in test))
-    parts = {split: [q for q in chosen if q.split == split] for split in ("dev", "train")}
-    return Questions(test, parts["dev"], parts["train"], subjects)
 
 
 class Experiment:
@@ -111,25 +26,38 @@ class Experiment:
 
     def __init__(self, config: Mapping[str, Any], workspace: Workspace):
         self.config, self.workspace = config, workspace
-        self.conditions = [parse_condition(name) for name in config.conditions]
-        if not self.conditions or len(set(config.conditions)) < len(self.conditions):
-            raise InputError(f"config.conditions {tuple(config.conditions)}: name at least one, each once")
-        self.questions = load_questions(config.data)
-        _check_values(config, len(self.questions.test))  # a wrong field ends the run here, not after an hour
-        self.prompts = {c.name: self._ask(c) for c in self.conditions}
-        if any(c.finetuned for c in self.conditions):
-            if not self.questions.train:
-                raise InputError(f"config.data.source {config.data.source!r} has no training questions for 'sft'")
-            self.finetuning = finetune_config(config)
+        named = [parse_condition(name) for name in config.conditions]
+        self.trains = any(condition.finetuned for condition in named) and not config.finetune.adapter
+        if self.trains:
+            check_training_data(config.finetune)
+        self.questions = load_questions(config.data, config.finetune if self.trains else None, config.seed)
+        check_values(config, len(self.questions.test))  # a wrong field ends the run here, not after an hour
+        self.finetuning = self._finetune_config() if self.trains else None
+        self.conditions = expand_conditions(named, self.finetuning.kept_steps() if self.trains else ())
+        check_shown(config, [condition.name for condition in self.conditions])
+        asked = {c[1:4]: c for c in self.conditions}  # checkpoints are asked the same
+        asked = {how: self._ask(c) for how, c in asked.items()}
+        self.prompts = {c.name: asked[c[1:4]] for c in self.conditions}
         self._stages: Sequence[str] = STAGES
         self._model = None
         self._shape = None
         self._checkpoint = None
+        self._adapter = None
+        self._planned: dict[bool, tuple] = {}
         self.seconds: dict[str, float] = {}
 
     def _ask(self, condition: Condition) -> list[Prompt]:
         seed = self.config.seed if condition.permuted else None
         return build_prompts(self.questions.test, self.questions.dev, condition.shots, permute_shots_seed=seed)
+
+    def _finetune_config(self):
+        from jaxscape.finetune.optimizers import optimizer
+        from jaxscape.finetune.trackers import check_trackers
+
+        check_trackers(tuple(self.config.finetune.trackers))
+        found = finetune_config(self.config, len(self.questions.train))
+        optimizer(found)  # says what is wrong with its name or options
+        return found
 
     # -- models ------------------------------------------------------------------------------------------------------
 
@@ -142,39 +70,72 @@ class Experiment:
             self._checkpoint = path, sources.fingerprint(path)
         return self._checkpoint
 
-    def model(self, finetuned: bool = False):
-        """The pretrained or the fine-tuned model, on its mesh; the other one is let go."""
-        from jaxscape.finetune.trainer import load_finetuned
+    def adapter(self) -> tuple[Path, str]:
+        """The folder that ``config.finetune.adapter`` names and its SHA-256.
+
+        Raises:
+          InputError: there is no adapter.
+        """
+        if self._adapter is None:
+            from jaxscape.models import sources
+
+            path = Path(self.config.finetune.adapter).expanduser()
+            if not (path / "adapter_config.json").is_file():
+                raise InputError(f"config.finetune.adapter {str(path)!r}: no adapter_config.json there; give a folder "
+                                 "in PEFT's format, or '' to train")
+            self._adapter = path, sources.fingerprint(path)
+        return self._adapter
+
+    def model(self, condition: Condition | None = None):
+        """The model that a condition is asked of (None: the pretrained one), on its mesh; the one before is let go."""
+        wanted = condition.name if condition is not None and condition.finetuned else ""
+        if self._model is None or self._model[0] != wanted:
+            self._model = None
+            model = self._load()
+            self._model = wanted, self._finetuned(model, condition.step) if wanted else model
+        return self._model[1]
+
+    def _load(self, dtype: str = ""):
         from jaxscape.models import pretrained
 
-        if self._model is None or self._model[0] != finetuned:
-            self._model = None
-            model = pretrained.load_pretrained(self.checkpoint()[0], self._mesh(), self.config.model.dtype)
-            if finetuned:
-                model = load_finetuned(model, self.finetuning, self.finetune_stage().folder)
-            self._model = finetuned, model
-        return self._model[1]
+        return pretrained.load_pretrained(self.checkpoint()[0], self._mesh(), dtype or self.config.model.dtype)
+
+    def _finetuned(self, model, step: int | None):
+        """The pretrained model as training left it after a step, or with the adapter from elsewhere."""
+        from jaxscape.finetune.trainer import load_finetuned
+        from jaxscape.models import peft, pretrained
+
+        if self.trains:
+            return load_finetuned(model, self.finetuning, self.finetune_stage().folder, step)
+        lora, adapters = peft.read_adapter(self.adapter()[0], model.arch)
+        return pretrained.fold_adapters(model, lora, adapters)
 
     def _mesh(self):
         """The mesh that the models run on; says so when it is chosen."""
         from jaxscape.collect.recipe import layer_numbers
-        from jaxscape.models import pretrained, sharding
+        from jaxscape.models import peft, pretrained, sharding
         from jaxscape.models.decoder import check_sites
 
         if self._shape is None:
             arch = pretrained.read_architecture(self.checkpoint()[0])
             check_sites(arch, (self.config.collect.site,))  # before its weights are read
             layer_numbers(self.config.collect.layers, arch.num_layers, "config.collect.layers")
-            choice = runtime.choose_mesh(arch, self.config, self.prompts, self.training_texts())
+            if any(condition.finetuned for condition in self.conditions) and not self.trains:
+                peft.read_adapter(self.adapter()[0], arch)  # likewise
+            choice = runtime.choose_mesh(arch, self.config, self.prompts, self.training_texts(), self.finetuning)
             print(choice, flush=True)
             self._shape = choice.shape
         return sharding.make_mesh(*self._shape)
 
     def training_texts(self) -> list[str]:
         """What fine-tuning shows; [] where there is none to be done."""
-        if "finetune" not in self._stages or not any(condition.finetuned for condition in self.conditions):
+        if "finetune" not in self._stages or not self.trains:
             return []
-        return [training_text(q, header=self.config.finetune.header)[0] for q in self.questions.train]
+        return training.training_texts(self.questions.train, self.config.finetune.header)
+
+    def validation_texts(self) -> list[str]:
+        """How the questions are asked that follow the training."""
+        return training.validation_texts(self.questions.validation)
 
     # -- stages ------------------------------------------------------------------------------------------------------
 
@@ -192,12 +153,20 @@ class Experiment:
     def collect_stage(self, condition: Condition) -> Stage:
         """representations/<condition>."""
         inputs = {
-            "checkpoint": self.finetune_stage().fingerprint() if condition.finetuned else self.checkpoint()[1],
+            **self._asked_of(condition),
             "prompts": digest([prompt.text for prompt in self.prompts[condition.name]]),
             "dtype": self.config.model.dtype,
             "collect": self.config.collect.to_dict(),
         }
         return self.workspace.stage("representations", condition.name, inputs)
+
+    def _asked_of(self, condition: Condition) -> dict[str, Any]:
+        """What names the model that a condition is asked of."""
+        if not condition.finetuned:
+            return {"checkpoint": self.checkpoint()[1]}
+        if self.trains:
+            return {"checkpoint": self.finetune_stage().fingerprint(), "step": condition.step}
+        return {"checkpoint": self.checkpoint()[1], "adapter": self.adapter()[1]}
 
     def landscape_stage(self, condition: Condition) -> Stage:
         """landscape/<condition>."""
@@ -225,12 +194,16 @@ class Experiment:
           InputError: a stage's name is unknown, or one needs another that has not been run.
         """
         self.limit(stages)
-        for finetuned in (False, True):
-            of_model = [c for c in self.conditions if c.finetuned == finetuned]
-            if finetuned and of_model and "finetune" in stages:
-                self._finetune()
-            if of_model and "collect" in stages:
-                self._collect(of_model)
+        if any(condition.finetuned for condition in self.conditions) and not self.trains:
+            self.adapter()  # is there, before anything runs
+        pretrained = [condition for condition in self.conditions if not condition.finetuned]
+        if pretrained and "collect" in stages:
+            self._collect(pretrained)
+        if self.trains and "finetune" in stages:
+            self._finetune()
+        for condition in self.conditions:
+            if condition.finetuned and "collect" in stages:
+                self._collect([condition])
         self._model = None
         if "landscape" in stages:
             for condition in self.conditions:
@@ -239,22 +212,29 @@ class Experiment:
             self._report()
 
     def _finetune(self) -> None:
-        from jaxscape.finetune.trainer import TrainingSet, discard_steps, finetune
+        from jaxscape.finetune import trainer
 
-        stage = self.finetune_stage()
+        stage, config = self.finetune_stage(), self.config.finetune
         if stage.manifest() is not None:
-            discard_steps(stage.folder)  # where the run was stopped just before it did
+            trainer.discard_states(stage.folder)  # where the run was stopped just before it did
             return
-        model = self.model()
+        if config.method == "full" and self.config.model.dtype != "float32":
+            self._model = None
+            model = self._load("float32")  # what changes by little is kept in float32
+        else:
+            model = self.model()
+        self._model = None  # its arrays may go to the optimiser
+        arch, tokenizer, questions = model.arch, model.tokenizer, self.questions
         with self._timed("finetune"):
-            texts = self.training_texts()
-            answer_ids = model.tokenizer.answer_ids()
-            data = TrainingSet(model.tokenizer.encode(texts), [answer_ids[q.answer] for q in self.questions.train])
-            _check_lengths("fine-tuning", self.questions.train, data.tokens, model.arch.max_positions)
-            facts = finetune(model, self.finetuning, data, stage.begin(), label="sft")
-        self._model = None  # its arrays may have gone to the optimiser
+            data = training.training_set(tokenizer, questions.train, config, arch.max_positions)
+            followed = training.validation_set(tokenizer, questions.validation, arch.max_positions)
+            folder = stage.begin()
+            facts = trainer.finetune(model, self.finetuning, data, folder, validation=followed,
+                                     trackers=tuple(config.trackers), label="sft")  # fmt: skip
+        del model
+        training.export(folder, self.config, self.finetuning, self.checkpoint()[0], arch, self._load)
         stage.commit(**facts, seconds=self.seconds["finetune"], versions=runtime.describe())
-        discard_steps(stage.folder)
+        trainer.discard_states(stage.folder)
 
     def _collect(self, conditions: Sequence[Condition]) -> None:
         """Collects conditions of one model by one plan, in which they share what their prompts share.
@@ -266,23 +246,17 @@ class Experiment:
         stages = [self.collect_stage(condition) for condition in conditions]
         if all(stage.manifest() is not None for stage in stages):
             return
-        finetuned = conditions[0].finetuned
-        if finetuned and self.finetune_stage().manifest() is None:
-            raise InputError("--stages: condition 'sft' needs the stage 'finetune' first")
-        early = _tokenizer_of_folder(self.checkpoint()[0])
-        with ThreadPoolExecutor(1) as pool:  # texts become tokens while the weights are read
-            encoding = early and pool.submit(self._encode, early, conditions)
-            model = self.model(finetuned)
-            tokens, starts = encoding.result() if early else self._encode(model.tokenizer, conditions)
+        if conditions[0].finetuned and self.trains and self.finetune_stage().manifest() is None:
+            raise InputError(f"--stages: condition {conditions[0].name!r} needs the stage 'finetune' first")
+        model, tokens, plan, recipe = self._planned_model(conditions)
         count, names = len(self.questions.test), [condition.name for condition in conditions]
         label = names[0] if len(names) == 1 else "pretrained"
         for number, name in enumerate(names):
             own = tokens[number * count : (number + 1) * count]
-            _check_lengths(f"condition {name}", self.questions.test, own, model.arch.max_positions)
+            check_lengths(f"condition {name}", self.questions.test, own, model.arch.max_positions)
         targets = [collector.Target(name, stage.begin(), number * count, (number + 1) * count)
                    for number, (name, stage) in enumerate(zip(names, stages, strict=True)) if stage.manifest() is None]
         with self._timed(f"collect {label}"):
-            plan, recipe = self._plan(model, tokens, starts)
             facts = collector.collect_conditions(
                 model, plan, recipe, targets, dtype=self.config.collect.dtype, label=label
             )
@@ -290,6 +264,21 @@ class Experiment:
             stages[names.index(target.label)].commit(
                 **found, together=names, seconds=self.seconds[f"collect {label}"], versions=runtime.describe()
             )
+
+    def _planned_model(self, conditions: Sequence[Condition]):
+        """The model that the conditions are asked of, their prompts as tokens, the plan and what is kept.
+
+        Checkpoints are asked the same, so that their prompts are tokenised and planned once.
+        """
+        finetuned = conditions[0].finetuned
+        early = None if finetuned in self._planned else _tokenizer_of_folder(self.checkpoint()[0])
+        with ThreadPoolExecutor(1) as pool:  # texts become tokens while the weights are read
+            encoding = early and pool.submit(self._encode, early, conditions)
+            model = self.model(conditions[0])
+            if finetuned not in self._planned:
+                tokens, starts = encoding.result() if early else self._encode(model.tokenizer, conditions)
+                self._planned[finetuned] = tokens, *self._plan(model, tokens, starts)
+        return model, *self._planned[finetuned]
 
     def _encode(self, tokenizer, conditions: Sequence[Condition]) -> tuple[list[list[int]], list[int] | None]:
         """Token ids of all prompts, condition after condition, and the first token of each one's question.
@@ -308,7 +297,8 @@ class Experiment:
 
     def _plan(self, model, tokens: Sequence[Sequence[int]], starts: Sequence[int] | None):
         """The plan of the prompts, and what is kept of each."""
-        from jaxscape.collect import answers, collector, recipe
+        from jaxscape.collect import collector, recipe
+        from jaxscape.models import answers
 
         config = self.config.collect
         plan = collector.plan_for(model.arch, tokens, config.token_budget, collector.lanes_of(model), starts)
@@ -336,7 +326,8 @@ class Experiment:
             mapped = self.landscape_stage(condition)
             if mapped.manifest() is None:
                 raise InputError(f"--stages: 'report' needs the stage 'landscape' of {condition.name!r} first")
-            finished.append(Finished(condition.name, self.collect_stage(condition).folder, mapped.folder))
+            step = 0 if condition.name == "0shot" else condition.step
+            finished.append(Finished(condition.name, self.collect_stage(condition).folder, mapped.folder, step))
         root, config = self.workspace.root, self.config
         with self._timed("report"):
             summary = write_results(
@@ -348,6 +339,7 @@ class Experiment:
                 tree_of=config.report.dendrogram_condition or max(self.conditions, key=lambda c: c.shots).name,
                 facts=self._facts(),
                 provenance=self._provenance(),
+                training=self.finetune_stage().folder if self.trains else None,
                 results=root / "results",
                 report=root / "report",
             )
@@ -369,11 +361,11 @@ class Experiment:
     def _manifests(self) -> dict[str, dict]:
         """Manifest of every finished stage, by what it did."""
         found = {}
-        for condition in self.conditions:
+        for condition in sorted(self.conditions, key=lambda c: c.finetuned):
+            if condition.finetuned and self.trains and (manifest := self.finetune_stage().manifest()) is not None:
+                found["finetune"] = manifest
             if (manifest := self.collect_stage(condition).manifest()) is not None:
                 found[f"collect {', '.join(manifest['together'])}"] = manifest
-            if condition.finetuned and (manifest := self.finetune_stage().manifest()) is not None:
-                found["finetune"] = manifest
         stages = {f"landscape {c.name}": self.landscape_stage(c) for c in self.conditions}
         return found | {name: m for name, stage in stages.items() if (m := stage.manifest()) is not None}
 
@@ -420,59 +412,3 @@ def _tokenizer_of_folder(path: Path):
         return None
     pretrained.read_architecture(path)  # a configuration that can't be read says so itself
     return tokenizer.from_folder(path)
-
-
-def _check_lengths(what: str, questions: Sequence[Question], tokens: Sequence[Sequence[int]], limit: int) -> None:
-    longest = max(range(len(tokens)), key=lambda row: len(tokens[row]))
-    if len(tokens[longest]) > limit:
-        raise InputError(
-            f"{what}: question {questions[longest].key} makes a prompt of {len(tokens[longest])} tokens, the model "
-            f"takes {limit}; leave it out or ask with fewer shots"
-        )
-
-
-def _check_values(config, questions: int) -> None:
-    from jaxscape.collect.recipe import POOLS, parse_layers
-    from jaxscape.collect.store import DTYPES
-    from jaxscape.models.decoder import SITES
-
-    for name, value, allowed in (
-        ("collect.site", config.collect.site, SITES),
-        ("collect.tokens", config.collect.tokens, POOLS),
-        ("collect.dtype", config.collect.dtype, DTYPES),
-    ):
-        if value not in allowed:
-            raise InputError(f"config.{name} {value!r}: choose from {', '.join(allowed)}")
-    if parse_layers(config.collect.layers, "config.collect.layers") and config.collect.site == "final_norm":
-        raise InputError("config.collect.layers: there is one final norm, after the last layer; write 'all'")
-    k, z, shown = config.landscape.k, config.landscape.z, config.report.dendrogram_condition
-    if not 0 <= z < math.inf:
-        raise InputError(f"config.landscape.z = {z}: must be 0 or more")
-    if shown and shown not in config.conditions:
-        raise InputError(f"config.report.dendrogram_condition {shown!r}: name a condition, or '' for most shots")
-    for name, value, least, most, why in (
-        ("seed", config.seed, 0, None, ""),
-        ("collect.token_budget", config.collect.token_budget, 1, None, ""),
-        ("landscape.k", k, 1, (questions - 1) // 2, f": {questions} questions, and 2k + 1 are needed"),
-        ("landscape.max_rank", config.landscape.max_rank, 2, None, ""),
-        ("compare.neighbors", config.compare.neighbors, 1, 2 * k, ": 2k neighbours are known"),
-        ("report.dendrogram_layer", config.report.dendrogram_layer, 0, None, ""),
-    ):
-        if value < least or (most is not None and value > most):
-            upper = "" if most is None else f" and at most {most}{why}"
-            raise InputError(f"config.{name} = {value}: must be at least {least}{upper}")
-
-
-def finetune_config(config):
-    """``config.finetune`` as a ``FinetuneConfig``.
-
-    Raises:
-      InputError: a value is out of range.
-    """
-    from jaxscape.finetune.trainer import FinetuneConfig
-    from jaxscape.models.lora import LoraConfig
-
-    fields = config.finetune.to_dict()
-    fields.pop("header")
-    lora = LoraConfig(*(fields.pop(name) for name in ("rank", "alpha", "dropout")), tuple(fields.pop("targets")))
-    return FinetuneConfig(lora=lora, seed=config.seed, **fields)

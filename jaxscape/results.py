@@ -1,5 +1,6 @@
 """What came out: tables of scores and accuracies, figures, and the page."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from jaxscape import atlas, landscape
 from jaxscape.collect.store import Store
 from jaxscape.compare import scores
 from jaxscape.errors import InputError
-from jaxscape.report import figures, page, tables
+from jaxscape.report import dendrogram, figures, page, style, tables, training
 
 _CURVES = ("intrinsic_dim", "core_fraction", "ari_prediction", "n_peaks", "ari_subject", "ari_answer",
            "neighbors_same_subject", "neighbors_same_answer")
@@ -24,11 +25,13 @@ class Finished(NamedTuple):
       name: of the condition.
       representations: folder of its store.
       landscape: folder of its layers' landscapes.
+      step: of training that it was asked after, 0 before training; None: it is no checkpoint.
     """
 
     name: str
     representations: Path
     landscape: Path
+    step: int | None = None
 
 
 def predictions(folder: Path) -> np.ndarray:
@@ -102,6 +105,32 @@ def best_layers(rows: Sequence[Mapping[str, Any]]) -> list[dict]:
     return summary
 
 
+def training_rows(conditions: Sequence[Finished], rows: Sequence[Mapping], overall: Sequence[Mapping]) -> list[dict]:
+    """One row a checkpoint, by its step: accuracy, and what peaks and neighbours say of answers and of subjects.
+
+    "best" is the highest of all layers, "late" the mean over the last third of them; None where no layer has a value.
+
+    Args:
+      conditions: finished ones; those that are no checkpoint are passed over.
+      rows: of the layers table.
+      overall: of the accuracy table.
+    """
+    best = {line["condition"]: line for line in best_layers(rows)}
+    accuracy = {line["condition"]: line for line in overall}
+    table = []
+    for condition in sorted((c for c in conditions if c.step is not None), key=lambda c: c.step):
+        own = sorted((r for r in rows if r["condition"] == condition.name), key=lambda r: r["layer"])
+        late, line = own[-math.ceil(len(own) / 3) :], {"condition": condition.name, "step": condition.step}
+        line |= {name: accuracy[condition.name][name] for name in ("accuracy_micro", "accuracy_macro")}
+        for label in ("answer", "subject"):
+            line |= {name: best[condition.name][name] for name in (f"best_ari_{label}", f"ari_{label}_layer")}
+            for name in (f"ari_{label}", f"neighbors_same_{label}"):
+                values = [r[name] for r in late if not np.isnan(r[name])]
+                line[f"late_{name}"] = float(np.mean(values)) if values else None
+        table.append(line)
+    return table
+
+
 def peak_tree(condition: Finished, layer: int, subjects: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Linkage [C - 1, 4] of a layer's peaks, and how many points of each of ``count`` subjects each peak has [C, S]."""
     found = atlas.read_layer(condition.landscape, layer)
@@ -135,7 +164,8 @@ def dendrogram_figure(wanted: Finished, layer: int, rows, subjects: np.ndarray, 
     linkage, composition = peak_tree(wanted, layer, subjects, len(names))
     title = f"Density peaks of {wanted.name}, layer {layer}"
     label = "log density below the highest peak"
-    figure = figures.dendrogram(linkage, composition, [n.replace("_", " ") for n in names], title, height_label=label)
+    spoken = [name.replace("_", " ") for name in names]
+    figure = dendrogram.dendrogram(linkage, composition, spoken, title, height_label=label)
     return figure, f"{title}: peaks that meet at a lower height share a higher pass. Colours are subjects."
 
 
@@ -149,6 +179,7 @@ def write_results(
     tree_of: str,
     facts: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    training: Path | None,
     results: Path,
     report: Path,
 ) -> str:
@@ -163,27 +194,55 @@ def write_results(
       tree_of: name of the condition whose peaks are drawn as a tree.
       facts: what the page begins with.
       provenance: what the page ends with.
+      training: folder of the stage that trained; None where nothing was.
       results: folder of the tables.
       report: folder of the page and the figures.
     """
     rows = [row for c in conditions for row in layer_rows(c, subjects, answers, config.compare.neighbors)]
     overall, by_subject = accuracy_rows(conditions, subjects, answers, names)
-    for name, table in (("layers", rows), ("accuracy", overall), ("accuracy_by_subject", by_subject)):
-        tables.write_table(table, results / name)
+    checkpoints = training_rows(conditions, rows, overall) if training else []
+    for name, table in (("layers", rows), ("accuracy", overall), ("accuracy_by_subject", by_subject),
+                        ("training", checkpoints)):  # fmt: skip
+        if table:
+            tables.write_table(table, results / name)
     wanted = next(c for c in conditions if c.name == tree_of)
     tree = dendrogram_figure(wanted, config.report.dendrogram_layer, rows, subjects, names)
-    pictures = _save_figures([c.name for c in conditions], rows, tree, report / "figures")
+    drawn = training_figures(training, rows, checkpoints) if training else []
+    pictures = _save_figures([c.name for c in conditions], rows, tree, drawn, report / "figures")
     html = page.render("Representation landscape", facts, overall, pictures, rows, provenance=provenance,
-                       subject_rows=by_subject)
+                       subject_rows=by_subject, training_rows=checkpoints)
     page.write(html, report / "index.html")
     best = {line["condition"]: line for line in best_layers(rows)}
     summary = [{**{k: v for k, v in line.items() if k != "n_questions"}, **best[line["condition"]]} for line in overall]
     return tables.format_text(summary)
 
 
-def _save_figures(order: Sequence[str], rows, tree, folder: Path) -> list[page.Picture]:
+def training_figures(folder: Path, rows: Sequence[Mapping], checkpoints: Sequence[Mapping]) -> list[tuple]:
+    """(Name, what draws it, caption) of the figures of a training.
+
+    Args:
+      folder: of its stage.
+      rows: of the layers table.
+      checkpoints: of the training table; what needs two of them is left out where there are fewer.
+    """
+    log, asked = (tables.read_table(folder / name) if (folder / name).is_file() else []
+                  for name in ("log.csv", "validation.csv"))  # fmt: skip
+    followed = [row for row in checkpoints if row["step"]]
+    shown = checkpoints if len(followed) > 1 else []
+    caption = "The training, step by step; the line of training questions is averaged over neighbouring steps."
+    if any(row["step"] == 0 for row in (*asked, *shown)):
+        caption += " Left of the grey band: before training."
+    drawn = [("training", lambda: training.training(log, asked, shown), caption)] if log else []
+    if shown:
+        drawn.append(("training_layers", lambda: training.training_layers(rows, shown),
+                      "Each layer (upwards) at each checkpoint (to the right): where and when the answers come."))
+    return drawn
+
+
+def _save_figures(order: Sequence[str], rows, tree, of_training, folder: Path) -> list[page.Picture]:
     drawn = [("overview", figures.overview(rows, conditions=order), "Each layer's peaks and neighbours against "
               "subjects (left) and answers (middle): where a curve is high, the layer is organised that way.")]
+    drawn += [(name, draw(), caption) for name, draw, caption in of_training]
     if tree:
         drawn.append(("dendrogram", *tree))
     for quantity in _CURVES:
@@ -191,6 +250,6 @@ def _save_figures(order: Sequence[str], rows, tree, folder: Path) -> list[page.P
         drawn.append((quantity, figures.curve(rows, quantity, conditions=order), caption))
     pictures = []
     for name, figure, caption in tqdm(drawn, desc="figures", unit="figure"):
-        _, svg = figures.save(figure, folder, name)
+        _, svg = style.save(figure, folder, name)
         pictures.append(page.Picture(svg.read_text(), caption))
     return pictures

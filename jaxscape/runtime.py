@@ -38,7 +38,8 @@ def configure(cache: Path, matmul_precision: str = "float32") -> None:
     jax.config.update("jax_default_matmul_precision", matmul_precision)
 
 
-def choose_mesh(arch, config, prompts: Mapping[str, Sequence], training: Sequence[str] = (), devices=None):
+def choose_mesh(arch, config, prompts: Mapping[str, Sequence], training: Sequence[str] = (), finetuning=None,
+                devices=None):
     """The mesh of an experiment, by memory: a ``models.mesh.MeshChoice``.
 
     Its prompts are not tokenised yet, so that the batches are an estimate from their texts.
@@ -48,6 +49,7 @@ def choose_mesh(arch, config, prompts: Mapping[str, Sequence], training: Sequenc
       config: ``mesh`` has the axes that are set (0: to be chosen), ``collect`` the token budget.
       prompts: ``Prompt``s of each condition.
       training: texts of fine-tuning; () where there is none.
+      finetuning: its ``FinetuneConfig``.
       devices: ``models.mesh.Devices``; None: those that JAX has.
 
     Raises:
@@ -63,12 +65,34 @@ def choose_mesh(arch, config, prompts: Mapping[str, Sequence], training: Sequenc
     texts, prefixes = [prompt.text for prompt in everything], [prompt.prefix for prompt in everything]
     work, step = memory.rough_work(texts, prefixes, config.collect.token_budget, arch), None
     if training:
-        longest, batch = memory.rough_tokens(training, arch), config.finetune.batch_size
-        step = memory.Training(
-            longest * batch, batch, longest, config.finetune.method == "full", config.finetune.remat
-        )
+        longest = memory.rough_tokens(training, arch)
+        step = training_step(arch, finetuning, longest, longest)
     needs = mesh.Needs(arch, DTYPES[config.model.dtype], work, step)
     return mesh.choose_shape(needs, devices or mesh.local_devices(), MeshShape(**config.mesh))
+
+
+def training_step(arch, finetuning, longest: int, mean: float):
+    """What a step of fine-tuning asks of the devices: a ``models.memory.Training``.
+
+    Args:
+      arch: the model's ``Architecture``.
+      finetuning: ``FinetuneConfig``.
+      longest: tokens of the longest question.
+      mean: tokens of a question of the fullest step.
+    """
+    import jax
+
+    from jaxscape.finetune.optimizers import optimizer
+    from jaxscape.models import memory
+
+    adapters = finetuning.lora if finetuning.method == "lora" else None
+    trained = memory.trained_shapes(arch, adapters)
+    state = jax.tree.leaves(jax.eval_shape(optimizer(finetuning).init, trained))
+    rows = -(-finetuning.batch_size // finetuning.accumulation)
+    return memory.Training(
+        round(rows * mean), rows, longest, adapters, finetuning.remat, finetuning.accumulation,
+        sum(leaf.size for leaf in state) / sum(leaf.size for leaf in trained.values()),
+    )  # fmt: skip
 
 
 def describe() -> dict[str, str]:

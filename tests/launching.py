@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
@@ -34,7 +33,8 @@ SMALL = {
     "finetune.batch_size": 4,
     "finetune.rank": 4,
     "finetune.dropout": 0.1,
-    "finetune.checkpoint_every": 2,
+    "finetune.save_every": 2,
+    "finetune.checkpoints": 3,
     "landscape.k": 8,
     "landscape.z": 0.5,
     "landscape.max_rank": 16,
@@ -110,7 +110,7 @@ def launch(arguments, cache: Path, **changes: str) -> subprocess.CompletedProces
 
 def without_bars(stderr: str) -> list[str]:
     """Lines of stderr that are not progress bars."""
-    bar = re.compile(r"(load model|figures|(collect|finetune|landscape) \w+): +\d+%")
+    bar = re.compile(r"(load model|figures|(collect|finetune|landscape) [\w@]+): +\d+%")
     return [line for line in re.split(r"[\r\n]", stderr) if line.strip() and not bar.match(line)]
 
 
@@ -127,20 +127,16 @@ def contents(root: Path, conditions=("0shot", "2shot", "sft")) -> dict[str, np.n
             found |= {f"{name} layer {layer} {field}": value for field, value in arrays.items()}
     checkpoints = root / "checkpoints" / "sft"
     if checkpoints.is_dir():
-        found["log"] = (checkpoints / trainer.LOG).read_bytes()
-        found |= {f"checkpoint {name}": value for name, value in trained_arrays(checkpoints).items()}
+        for name in ("log.csv", "validation.csv", "adapter/adapter_model.safetensors"):
+            if (checkpoints / name).is_file():
+                found[name] = (checkpoints / name).read_bytes()
+        for step in sorted(int(folder.name) for folder in (checkpoints / "kept").iterdir()):
+            arrays = trainer.load_trained(checkpoints, step)
+            found |= {f"step {step} {'.'.join(path)}": value for path, value in arrays.items()}
     for file in sorted((root / "results").glob("[!.]*")):
         found[file.name] = file.read_bytes()
         assert tables.read_table(file)
     return found
-
-
-def trained_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """What ``trainer.finetune`` left in a folder."""
-    path = (folder / trainer.RESULT).resolve()
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        names = checkpointer.metadata(path).item_metadata
-        return checkpointer.restore(path, restore_args={n: ocp.RestoreArgs(restore_type=np.ndarray) for n in names})
 
 
 def differences(left: Mapping, right: Mapping) -> list[str]:

@@ -12,7 +12,9 @@ from jaxscape import dry_run
 from jaxscape.collect.planning import plan_collection, plan_facts
 from jaxscape.dry_run import assumed_devices, collection_flops, describe, duration, linear_flops, pairs, rate_of
 from jaxscape.experiment import Experiment
+from jaxscape.models import memory
 from jaxscape.models.families import from_hf_config
+from jaxscape.models.lora import LoraConfig
 from jaxscape.models.mesh import Devices
 from jaxscape.workspace import Workspace
 from tests.launching import small_config
@@ -107,8 +109,44 @@ def test_batches_and_operations_of_a_plan_are_those_of_the_run(plan_of, tiny_lla
     of_pretrained = sum(text.startswith("  ") for text in lines[: lines.index(line(lines, "collect sft"))])
     assert sum(int(text.split()[0]) for text in batches[:of_pretrained]) == numbers["passes"]
     assert "0.001 TFLOP/s a device (--device_tflops)" in line(lines, "estimate:")
-    assert "8 steps of 4 questions" in line(lines, "fine-tuning (lora)")
-    assert "optimizer" not in lines[lines.index(line(lines, "fine-tuning")) + 1]
+    assert "8 steps of 4 questions, 0 evaluations;" in line(lines, "fine-tuning (lora)")
+    assert "optimizer" in lines[lines.index(line(lines, "fine-tuning")) + 1]
+
+
+def test_training_that_is_followed(plan_of, tiny_llama):
+    config = json.loads((tiny_llama / "config.json").read_text())
+    arch = from_hf_config(config)
+    followed = {"finetune__validation": "held_out", "finetune__validation_share": 0.25, "finetune__evaluations": 2,
+                "finetune__epochs": 2.0, "finetune__accumulation": 2}  # fmt: skip
+    one = plan_of(config, assumed_devices("H100", 1, 80), conditions=("sft",), **followed)
+    text = line(one, "fine-tuning (lora)")
+    trained, held_out = 3 * 72, 3 * 24  # 96 questions a subject, of which the items are parted
+    numbers = sum(np.prod(leaf.shape) for leaf in memory.trained_shapes(arch, LoraConfig(4, 32.0)).values())
+    for words in (f"{numbers:,} parameters, {trained} questions shown 2.0 times", "108 steps of 4 questions in 2 parts",
+                  f"3 evaluations of {held_out} questions"):  # fmt: skip
+        assert words in text, text
+    kept = one[one.index(text) + 2]
+    assert kept.startswith("  kept after steps 1, 10, 108: ")
+    assert f"{memory.readable(3 * 4 * numbers)} on disk; states to resume from: {memory.readable(12 * numbers)}" in kept
+    assert f"parameters {memory.readable(4 * (memory.parameter_count(arch) / 2 + numbers))}" in one[one.index(text) + 1]
+
+
+def test_checkpoints_are_collected_one_after_another(plan_of, tiny_llama):
+    config = json.loads((tiny_llama / "config.json").read_text())
+    one, all_of_them = (plan_of(config, assumed_devices("H100", 1, 80), tflops=1e-6, conditions=(asked,))
+                        for asked in ("sft", "sft@all"))  # fmt: skip
+    units = {"s": 1, "min": 60, "h": 3600}
+    found = [re.search(r"TFLOP, ([\d.]+) (\w+)", line(lines, "collect sft")) for lines in (one, all_of_them)]
+    times = [float(number) * units[unit] for number, unit in (match.groups() for match in found)]
+    assert times[1] == pytest.approx(3 * times[0], rel=0.1)
+    assert line(all_of_them, "collect sft").startswith("collect sft@1, sft@3, sft: 3 x 36 prompts")
+
+
+def test_lanes_share_a_step(plan_of):
+    alone, four = (plan_of(LLAMA_3_8B, assumed_devices("H100", count, 80), conditions=("sft",), finetune__batch_size=16)
+                   for count in (1, 4))  # fmt: skip
+    times = [float(re.search(r"TFLOP, ([\d.]+) s", line(lines, "fine-tuning"))[1]) for lines in (alone, four)]
+    assert times[0] == pytest.approx(4 * times[1], rel=0.02)
 
 
 def brute_force_flops(arch, plan) -> float:

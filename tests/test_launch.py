@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import launch
-from configs import mmlu10_smollm2, quickstart
-from jaxscape.errors import InputError
+from configs import mmlu10_smollm2, quickstart, study
+from jaxscape.errors import InputError, Terminated
 from jaxscape.experiment import STAGES
 from jaxscape.models.sources import PACKAGED
 from jaxscape.workspace import Workspace
@@ -61,7 +61,7 @@ def start_until(arguments: list[str], text: str, cache: Path) -> subprocess.Pope
     return run
 
 
-def test_interrupted_and_killed_for_real_and_run_again_gives_the_same_bits(
+def test_interrupted_terminated_and_killed_for_real_and_run_again_gives_the_same_bits(
     tmp_path, cache, tmp_path_factory, raises_input_error
 ):
     root = tmp_path / "workdir"
@@ -71,6 +71,12 @@ def test_interrupted_and_killed_for_real_and_run_again_gives_the_same_bits(
     run.send_signal(signal.SIGINT)
     rest = run.communicate(timeout=120)[1].decode()
     assert run.returncode == 130 and "Traceback" not in rest
+    assert without_bars(rest)[-1] == "jaxscape: interrupted; run the same command again to go on"
+
+    run = start_until(command(root), "finetune sft:", cache)
+    run.send_signal(signal.SIGTERM)
+    rest = run.communicate(timeout=120)[1].decode()
+    assert run.returncode == 143 and "Traceback" not in rest
     assert without_bars(rest)[-1] == "jaxscape: interrupted; run the same command again to go on"
 
     run = start_until(command(root), "finetune sft:", cache)
@@ -245,11 +251,18 @@ def raising(error):
         (OSError(28, "No space left on device"), 1, ["the disk is full", "make room", "same command"]),
         (ValueError("RESOURCE_EXHAUSTED: x [OS error 28: ENOSPC No space left on device]"), 1, ["the disk is full"]),
         (KeyboardInterrupt(), 130, ["interrupted", "same command"]),
+        (Terminated(), 143, ["interrupted", "same command"]),
     ],
 )
 def test_end_of_a_run_in_one_line(error, status, words, monkeypatch, capsys):
     assert run_main(monkeypatch, raising(error)) == status
     one_line(capsys.readouterr().err, *words)
+
+
+def test_being_asked_to_end_is_an_interruption(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_main(monkeypatch, lambda _: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60))) == 143
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_mistake_of_the_program_keeps_its_traceback(monkeypatch):
@@ -299,7 +312,7 @@ def test_full_disk_is_one_line_and_the_same_command_goes_on_after_making_room(
 
 
 def test_configs_have_the_same_fields():
-    for module in (quickstart, mmlu10_smollm2):
+    for module in (quickstart, mmlu10_smollm2, study):
         launch._check_fields(module.get_config(), quickstart.get_config())
 
 

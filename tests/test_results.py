@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_page_is_there_and_self_contained(root):
     links = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)""", page)
     assert links and all(link.startswith(("data:", "#")) for link in links)
     assert "<script" not in page and "@import" not in page and not re.search(r"url\((?!['\"]?data:)", page)
-    assert page.count("<img") >= 9
+    assert page.count("<img") >= 10
     wanted = ("tiny_llama", "animals", "36 of 3 subjects", "model, SHA-256", "collect 0shot, 2shot, seconds", "devices")
     for text in wanted:
         assert text in page
@@ -86,7 +87,7 @@ def test_page_is_there_and_self_contained(root):
 
 def test_figures_lie_beside_the_page(root):
     names = {path.stem for path in (root / "report" / "figures").glob("*.svg")}
-    assert {"overview", "dendrogram", "intrinsic_dim", "n_peaks", "ari_subject", "ari_answer"} <= names
+    assert {"overview", "dendrogram", "training", "intrinsic_dim", "n_peaks", "ari_subject", "ari_answer"} <= names
     for path in (root / "report" / "figures").iterdir():
         assert path.stat().st_size > 1000
 
@@ -114,6 +115,33 @@ def test_best_layers_skip_missing_scores_and_take_the_lower_of_ties():
         {"condition": "b", "best_ari_subject": None, "ari_subject_layer": None, "best_ari_answer": None,
          "ari_answer_layer": None},
     ]  # fmt: skip
+
+
+def followed_rows(condition, answers):
+    return [row(condition, layer, 0.1 * layer, answer) | {"neighbors_same_answer": 0.5, "neighbors_same_subject": 0.25}
+            for layer, answer in enumerate(answers, start=1)]  # fmt: skip
+
+
+def test_checkpoints_are_told_by_their_best_and_their_late_layers():
+    nan, nowhere = float("nan"), Path()
+    conditions = [Finished("sft", nowhere, nowhere, 9), Finished("5shot", nowhere, nowhere),
+                  Finished("0shot", nowhere, nowhere, 0)]  # fmt: skip
+    rows = followed_rows("sft", [0.9, 0.0, 0.0, 0.5, 0.3]) + followed_rows("0shot", [0.2, 0.1, 0.0, nan, nan])
+    overall = [{"condition": name, "accuracy_micro": 0.5, "accuracy_macro": 0.75} for name in ("0shot", "5shot", "sft")]
+    first, last = results.training_rows(conditions, rows, overall)
+    assert (first["condition"], first["step"], last["condition"], last["step"]) == ("0shot", 0, "sft", 9)
+    assert (last["best_ari_answer"], last["ari_answer_layer"], last["late_ari_answer"]) == (0.9, 1, pytest.approx(0.4))
+    assert (first["best_ari_answer"], first["late_ari_answer"]) == (0.2, None)
+    assert last["late_ari_subject"] == pytest.approx(0.45) and last["late_neighbors_same_subject"] == 0.25
+    assert last["accuracy_macro"] == 0.75
+
+
+def test_what_needs_two_checkpoints_is_not_drawn_of_one(root):
+    one = [{"step": 0}, {"step": 8}]
+    assert [name for name, _, _ in results.training_figures(root / "checkpoints/sft", [], one)] == ["training"]
+    two = results.training_figures(root / "checkpoints/sft", [], [*one, {"step": 9}])
+    assert [name for name, _, _ in two] == ["training", "training_layers"]
+    assert "before training" in two[0][2]
 
 
 def test_tree_of_peaks_counts_subjects(root):

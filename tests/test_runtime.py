@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from jaxscape import runtime
+from jaxscape.checking import finetune_config
 from jaxscape.data.prompts import Prompt
 from jaxscape.models.mesh import Devices
 from tests.launching import ROOT, environment, small_config
@@ -59,7 +60,7 @@ def test_mesh_of_an_experiment_is_chosen_from_its_texts(raises_input_error):
     assert collecting.memory.optimizer == 0
     config.finetune.method = "full"
     config.finetune.batch_size = 1000
-    training = runtime.choose_mesh(arch, config, prompts, ["word " * 20], devices)
+    training = runtime.choose_mesh(arch, config, prompts, ["word " * 20], finetune_config(config), devices)
     assert training.memory.optimizer > 0 and training.memory.total > collecting.memory.total
     config.mesh.fsdp = 16
     with raises_input_error("config.mesh", "fsdp 16"):

@@ -25,6 +25,16 @@ _PEAK_SCORES = {
     "neighbors_same_subject": "Neighbours, same subject",
     "neighbors_same_answer": "Neighbours, same answer",
 }
+_OF_TRAINING = {
+    "step": "Step",
+    "accuracy_micro": "Accuracy",
+    "best_ari_answer": "ARI, answers: best",
+    "late_ari_answer": "late",
+    "late_neighbors_same_answer": "Neighbours, answers: late",
+    "best_ari_subject": "ARI, subjects: best",
+    "late_ari_subject": "late",
+    "late_neighbors_same_subject": "Neighbours, subjects: late",
+}
 
 
 class Picture(NamedTuple):
@@ -48,6 +58,7 @@ def render(
     *,
     provenance: Mapping[str, Any] | None = None,
     subject_rows: Sequence[tables.Row] = (),
+    training_rows: Sequence[tables.Row] = (),
 ) -> str:
     """Return the study as one self-contained HTML page.
 
@@ -63,6 +74,7 @@ def render(
       notes: paragraphs of plain text: caveats, choices, what was left out.
       provenance: what would be needed to run it again: model, hashes, versions, devices, timing.
       subject_rows: the table of accuracy by subject (condition, subject, n_questions, accuracy); folded away.
+      training_rows: the table of checkpoints (condition, step, and numbers).
 
     Everything is escaped; no argument is taken as HTML. An empty section is left out.
 
@@ -71,6 +83,7 @@ def render(
     pictures = [Picture(*figure) for figure in figures]
     sections = [
         _section("Accuracy", _accuracy(accuracy_rows) + _by_subject(subject_rows)),
+        _section("Training", _training(training_rows)),
         _section("Layer by layer", _figures(pictures)),
         _section("Best layers", _best_layers(layer_rows)),
         _section("Notes", _notes(notes)),
@@ -152,6 +165,21 @@ def _accuracy(rows: Sequence[tables.Row]) -> str:
         "the letters, with or without a leading space, and by the likeliest of all tokens (free)."
     )
     return _table(caption, _head(["Condition", "Questions", "Micro", "Macro", "Free, micro", "Free, macro"]), cells)
+
+
+def _training(rows: Sequence[tables.Row]) -> str:
+    if not rows:
+        return ""
+    names = [name for name in _OF_TRAINING if name in rows[0]]
+    cells = []
+    for row in rows:
+        numbers = (_get(row, name, "training_rows") for name in names)
+        cells.append([_text(_get(row, "condition", "training_rows")), *map(_text, map(tables.format_value, numbers))])
+    caption = (
+        "The test questions asked on the way. Late: mean over the last third of the layers; ARI: adjusted Rand index "
+        "between density peaks and labels; neighbours: share that has the same label."
+    )
+    return _table(caption, _head(["Checkpoint", *(_OF_TRAINING[name] for name in names)]), cells)
 
 
 def _by_subject(rows: Sequence[tables.Row]) -> str:

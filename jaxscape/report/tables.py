@@ -1,7 +1,7 @@
 """Rows of results, written as CSV for people and Parquet for programs, and printed for the terminal.
 
 A table is a sequence of rows; a row maps column names to str, bool, int, float or None (NumPy and JAX
-scalars are taken as the number they hold). The study writes three:
+scalars are taken as the number they hold). The study writes four, the last where something was trained:
 
     layers               condition, layer (1: the first block's), n_points, n_duplicates, intrinsic_dim,
                          intrinsic_dim_error, n_peaks, core_fraction, ari_subject, ari_answer,
@@ -9,6 +9,9 @@ scalars are taken as the number they hold). The study writes three:
     accuracy             condition, n_questions, accuracy_micro, accuracy_macro (of the likeliest letter),
                          free_accuracy_micro, free_accuracy_macro (of the likeliest token of all)
     accuracy_by_subject  condition, subject, n_questions, accuracy, free_accuracy
+    training             condition, step (0: before training), accuracy_micro, accuracy_macro; of "answer", then of
+                         "subject": best_ari_*, ari_*_layer, and over the last third of the layers late_ari_*,
+                         late_neighbors_same_*
 
 Both files hold the same values to the last bit, and the same rows always give the same bytes.
 """

@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from jaxscape.report import figures, page
+from jaxscape.report import figures, page, style
 
 ACCURACY = [
     {"condition": "<b>&", "n_questions": 40, "accuracy_micro": 0.5, "accuracy_macro": None,
@@ -54,7 +54,7 @@ class Checker(HTMLParser):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     fig = figures.curve([{"condition": "a", "layer": i, "n_peaks": i} for i in (1, 2)], "n_peaks")
-    png, svg = figures.save(fig, tmp_path_factory.mktemp("figures"), "f")
+    png, svg = style.save(fig, tmp_path_factory.mktemp("figures"), "f")
     return png.read_bytes(), svg.read_text()
 
 
@@ -72,6 +72,7 @@ def make(saved, **changes):
             {"condition": "sft", "subject": "moral_<b>&", "n_questions": 4, "accuracy": 0.25},
             {"condition": "0shot", "subject": "law", "n_questions": 5, "accuracy": None},
         ],
+        "training_rows": [{"condition": "sft@<2>", "step": 2, "accuracy_micro": 0.25, "late_ari_answer": None}],
     }
     return page.render(**(arguments | changes))
 
@@ -120,6 +121,7 @@ def test_tables_say_what_the_rows_say(saved):
     # Best layers: ties to the lower layer, NaN and None skipped, a negative maximum is one.
     assert ["<b>&", "0.700", "2 / 4", "–", "–"] in rows
     assert ["sft", "0.300", "1 / 4", "-0.100", "2 / 4"] in rows
+    assert ["Checkpoint", "Step", "Accuracy", "late"] in rows and ["sft@<2>", "2", "0.250", "-"] in rows
     assert ["Subject", "Questions", "sft", "0shot"] in rows
     assert ["moral <b>&", "4", "25.0 %", "–"] in rows and ["law", "5", "–", "–"] in rows
     assert rows[-2:] == [["hash", "ab" * 32], ["seconds", "1.5"]]

@@ -1,0 +1,93 @@
+"""The stage of fine-tuning: questions -> what is trained on and followed; and what it leaves for other programs."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxscape.checking import check_lengths
+from jaxscape.data.prompts import build_prompts, training_text
+from jaxscape.data.questions import Question
+from jaxscape.errors import InputError
+from jaxscape.finetune.dataset import TrainingSet, ValidationSet, subject_weights
+
+ADAPTER, MERGED = "adapter", "merged"
+
+
+def training_texts(questions: Sequence[Question], header: bool) -> list[str]:
+    """What fine-tuning shows of each question."""
+    return [training_text(question, header=header)[0] for question in questions]
+
+
+def validation_texts(questions: Sequence[Question]) -> list[str]:
+    """How the questions are asked that follow the training: as 'sft' is asked, with the header, without shots."""
+    return [prompt.text for prompt in build_prompts(questions, [], 0)]
+
+
+def training_set(tokenizer, questions: Sequence[Question], finetune, limit: int) -> TrainingSet:
+    """The questions as tokens.
+
+    Args:
+      tokenizer: the model's.
+      questions: to train on.
+      finetune: ``config.finetune``.
+      limit: tokens that the model takes.
+
+    Raises:
+      InputError: a question is longer than the model takes.
+    """
+    tokens = tokenizer.encode(training_texts(questions, finetune.header))
+    check_lengths("fine-tuning", questions, tokens, limit)
+    answers = tokenizer.answer_ids()
+    weights = subject_weights(questions) if finetune.class_weights else np.ones(len(questions), np.float32)
+    return TrainingSet(tokens, [answers[q.answer] for q in questions], weights, [q.key for q in questions])
+
+
+def validation_set(tokenizer, questions: Sequence[Question], limit: int) -> ValidationSet | None:
+    """Likewise the questions that follow the training; None where there are none."""
+    if not questions:
+        return None
+    tokens = tokenizer.encode(validation_texts(questions))
+    check_lengths("validation", questions, tokens, limit)
+    names = list(dict.fromkeys(q.subject for q in questions))
+    places = np.array([names.index(q.subject) for q in questions])
+    return ValidationSet(tokens, np.array([q.answer for q in questions]), places, names)
+
+
+def export(folder: Path, config, finetuning, source: Path, arch, load: Callable) -> None:
+    """Writes what other programs read: the adapter in PEFT's format, and the merged model where that is asked for.
+
+    A family that a format has no place for doesn't end the run: the checkpoints are kept, and a line says so.
+
+    Args:
+      folder: of the stage.
+      config: the experiment's.
+      finetuning: ``FinetuneConfig``.
+      source: the pretrained checkpoint.
+      arch: the model's ``Architecture``.
+      load: loads the pretrained model.
+    """
+    from jaxscape.finetune import trainer
+    from jaxscape.models import export as merged
+    from jaxscape.models import peft
+
+    def write_adapter():
+        trained = trainer.load_trained(folder)
+        peft.write_adapter(folder / ADAPTER, arch, finetuning.lora, trained, base=config.model.source)
+
+    def write_merged():
+        merged.write_merged(folder / MERGED, source, trainer.load_finetuned(load(), finetuning, folder))
+
+    for name, wanted, write in (
+        (ADAPTER, finetuning.method == "lora", write_adapter),
+        (MERGED, config.finetune.export_merged, write_merged),
+    ):
+        if wanted:
+            shutil.rmtree(folder / name, ignore_errors=True)  # of a run that was interrupted afterwards
+            try:
+                write()
+            except InputError as error:
+                if isinstance(error.__context__, OSError):  # a full disk, not a format
+                    raise error.__context__ from None
+                print(f"checkpoints/sft/{name}: not written ({error})", flush=True)
