@@ -3,7 +3,7 @@
 Reproduces the picture of "The representation landscape of few-shot learning and fine-tuning in large language models"
 (arXiv 2409.03662) on a laptop: few-shot prompts make peaks of subjects, fine-tuning makes peaks of answers.
 
-Takes about 5 minutes on 2 CPU cores, under 4 GB of memory.
+Takes about 5 minutes on 2 CPU cores, under 3 GB of memory.
 
     python launch.py
 """
@@ -44,17 +44,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.collect.dtype = "float32"  # on disk
 
     config.finetune = ml_collections.ConfigDict()
-    config.finetune.method = "full"  # or "lora"
-    config.finetune.rank = 16  # of LoRA, as the next five
-    config.finetune.alpha = 32.0  # the update is scaled by alpha / rank
+    config.finetune.method = "lora"  # or "full": all weights
+    config.finetune.rank = 64  # of LoRA, as the next five
+    config.finetune.alpha = 128.0  # the update is scaled by alpha / rank
     config.finetune.dropout = 0.0
     config.finetune.targets = ("q", "k", "v", "o", "gate", "up", "down")
-    config.finetune.rslora = False  # scale by alpha / sqrt(rank)
+    config.finetune.rslora = True  # ... by alpha / sqrt(rank)
     config.finetune.dora = False  # train lengths and directions of the kernels' columns apart
     config.finetune.adapter = ""  # a folder in PEFT's format: "sft" is this adapter, nothing is trained
     config.finetune.optimizer = "adamw(b2=0.95)"  # any optimiser of optax, with its options
-    config.finetune.learning_rate = 3e-4
-    config.finetune.steps = 80
+    config.finetune.learning_rate = 1.5e-4
+    config.finetune.steps = 100
     config.finetune.epochs = 0.0  # times that each question is shown, instead of steps
     config.finetune.batch_size = 12
     config.finetune.accumulation = 1  # parts that a step is computed in, one after the other, to save memory
@@ -63,17 +63,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.finetune.clip_norm = 1.0  # 0: the gradient is not clipped
     config.finetune.remat = "elementwise"  # recomputed to save memory; or "blocks" (more), "none"
     config.finetune.packing = False  # several questions in a row of attention: the same loss, less padding
-    config.finetune.evaluations = 0  # times that the validation questions are asked, after the first
-    config.finetune.checkpoints = 4  # steps that are kept, logarithmically spaced; "sft@all" asks at each
-    config.finetune.save_every = 40  # steps between two states to resume from
+    config.finetune.evaluations = 5  # times that the validation questions are asked, after the first
+    config.finetune.checkpoints = 10  # steps that are kept, logarithmically spaced; "sft@all" asks at each
+    config.finetune.save_every = 50  # steps between two states to resume from
     config.finetune.keep = 1  # of these states on disk
     config.finetune.header = False  # train on the question without the line that names the subject
     config.finetune.splits = ("train",)  # trained on; mmlu: ("dev", "validation")
     config.finetune.per_subject = 0  # questions of each subject that are trained on, at most; 0: all
     config.finetune.class_weights = True  # subjects count the same, however many questions they have
-    config.finetune.validation = ""  # "held_out": some of what would be trained on; or "validation", "test"
+    config.finetune.validation = "held_out"  # some of what would be trained on; or "validation", "test", "" for none
     config.finetune.validation_share = 0.1  # of each subject, that "held_out" holds out
-    config.finetune.validation_questions = 0  # at most so many, of all subjects alike; 0: all
+    config.finetune.validation_questions = 96  # at most so many, of all subjects alike; 0: all
     config.finetune.trackers = ()  # of "tensorboard", "wandb": the log goes there too
     config.finetune.export_merged = False  # write the fine-tuned model as a hub-format folder
 

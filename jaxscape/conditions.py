@@ -82,7 +82,8 @@ def _checkpoints(condition: Condition, kept: Sequence[int]) -> list[Condition]:
     step = kept[-1] if condition.step is None else condition.step
     if step not in of_step:
         raise InputError(f"config.conditions: {condition.name!r} is not kept; the steps kept are "
-                         f"{', '.join(map(str, kept))} (config.finetune.steps, epochs and checkpoints)")
+                         f"{', '.join(map(str, kept))} (by steps, epochs, checkpoints and warmup_ratio of "
+                         "config.finetune)")
     return [of_step[step]]
 
 

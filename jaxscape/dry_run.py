@@ -350,7 +350,7 @@ def _finetuning(
         f"{of_questions}; {(spent + asked) / 1e12:,.0f} TFLOP, {duration(seconds)}",
         f"  memory of a device: {_memory(held, devices)}",
         f"  kept after steps {', '.join(map(str, kept))}: {readable(len(kept) * size)} on disk; states to resume from: "
-        f"{readable(finetuning.keep * size * (1 + step.state))} while it runs",
+        f"{readable((finetuning.keep + 1) * size * (1 + step.state))} while it runs",
     ], seconds
 
 

@@ -11,7 +11,7 @@ from jaxscape.checking import check_lengths, check_shown, check_training_data, c
 from jaxscape.conditions import Condition, expand_conditions, load_questions, parse_condition
 from jaxscape.data.prompts import Prompt, build_prompts
 from jaxscape.errors import InputError
-from jaxscape.workspace import Stage, Workspace, digest
+from jaxscape.workspace import FREE_OF_TRAINING, Stage, Workspace, digest
 
 _POOLED = {"last": "last token", "question_mean": "mean over the question tokens"}
 STAGES = ("collect", "finetune", "landscape", "report")
@@ -144,7 +144,7 @@ class Experiment:
         inputs = {
             "checkpoint": self.checkpoint()[1],
             "questions": self.questions.fingerprint(),
-            "finetune": self.config.finetune.to_dict(),
+            "finetune": {n: v for n, v in self.config.finetune.to_dict().items() if n not in FREE_OF_TRAINING},
             "dtype": self.config.model.dtype,
             "seed": self.config.seed,
         }
@@ -217,6 +217,7 @@ class Experiment:
         stage, config = self.finetune_stage(), self.config.finetune
         if stage.manifest() is not None:
             trainer.discard_states(stage.folder)  # where the run was stopped just before it did
+            self._export(stage.folder)
             return
         if config.method == "full" and self.config.model.dtype != "float32":
             self._model = None
@@ -224,17 +225,20 @@ class Experiment:
         else:
             model = self.model()
         self._model = None  # its arrays may go to the optimiser
-        arch, tokenizer, questions = model.arch, model.tokenizer, self.questions
+        tokenizer, questions, limit = model.tokenizer, self.questions, model.arch.max_positions
         with self._timed("finetune"):
-            data = training.training_set(tokenizer, questions.train, config, arch.max_positions)
-            followed = training.validation_set(tokenizer, questions.validation, arch.max_positions)
+            data = training.training_set(tokenizer, questions.train, config, limit)
+            followed = training.validation_set(tokenizer, questions.validation, limit)
             folder = stage.begin()
             facts = trainer.finetune(model, self.finetuning, data, folder, validation=followed,
                                      trackers=tuple(config.trackers), label="sft")  # fmt: skip
         del model
-        training.export(folder, self.config, self.finetuning, self.checkpoint()[0], arch, self._load)
+        self._export(folder)
         stage.commit(**facts, seconds=self.seconds["finetune"], versions=runtime.describe())
         trainer.discard_states(stage.folder)
+
+    def _export(self, folder: Path) -> None:
+        training.export(folder, self.config, self.finetuning, self.checkpoint()[0], self._load)
 
     def _collect(self, conditions: Sequence[Condition]) -> None:
         """Collects conditions of one model by one plan, in which they share what their prompts share.

@@ -1,6 +1,5 @@
 """The stage of fine-tuning: questions -> what is trained on and followed; and what it leaves for other programs."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -55,8 +54,20 @@ def validation_set(tokenizer, questions: Sequence[Question], limit: int) -> Vali
     return ValidationSet(tokens, np.array([q.answer for q in questions]), places, names)
 
 
-def export(folder: Path, config, finetuning, source: Path, arch, load: Callable) -> None:
-    """Writes what other programs read: the adapter in PEFT's format, and the merged model where that is asked for.
+def base_name(source: str, path: Path) -> str:
+    """What PEFT calls the model that an adapter is for: its name on the hub, or else where it lies.
+
+    Args:
+      source: ``config.model.source``.
+      path: where that is on disk.
+    """
+    if source.startswith("hub:"):
+        return "/".join(source.removeprefix("hub:").split("@")[0].split("/")[:2])  # without a file's name
+    return str(path.resolve())
+
+
+def export(folder: Path, config, finetuning, source: Path, load: Callable) -> None:
+    """Writes what other programs read, where it isn't yet: the adapter in PEFT's format, and the merged model.
 
     A family that a format has no place for doesn't end the run: the checkpoints are kept, and a line says so.
 
@@ -65,16 +76,17 @@ def export(folder: Path, config, finetuning, source: Path, arch, load: Callable)
       config: the experiment's.
       finetuning: ``FinetuneConfig``.
       source: the pretrained checkpoint.
-      arch: the model's ``Architecture``.
       load: loads the pretrained model.
     """
     from jaxscape.finetune import trainer
     from jaxscape.models import export as merged
     from jaxscape.models import peft
+    from jaxscape.models.pretrained import read_architecture
 
     def write_adapter():
         trained = trainer.load_trained(folder)
-        peft.write_adapter(folder / ADAPTER, arch, finetuning.lora, trained, base=config.model.source)
+        base = base_name(config.model.source, source)
+        peft.write_adapter(folder / ADAPTER, read_architecture(source), finetuning.lora, trained, base=base)
 
     def write_merged():
         merged.write_merged(folder / MERGED, source, trainer.load_finetuned(load(), finetuning, folder))
@@ -83,8 +95,7 @@ def export(folder: Path, config, finetuning, source: Path, arch, load: Callable)
         (ADAPTER, finetuning.method == "lora", write_adapter),
         (MERGED, config.finetune.export_merged, write_merged),
     ):
-        if wanted:
-            shutil.rmtree(folder / name, ignore_errors=True)  # of a run that was interrupted afterwards
+        if wanted and not (folder / name).exists():  # whole, as it came there by a rename
             try:
                 write()
             except InputError as error:

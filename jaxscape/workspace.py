@@ -17,7 +17,8 @@ MANIFEST = "manifest.json"
 _INPUTS = "inputs.json"
 _FORMAT = 2  # raised when what a stage computes or how it lies on disk changes: older folders are made again
 # Sections of the configuration that nothing kept on disk was made from: every run makes its tables and figures anew.
-_FREE = ("compare", "report")
+_FREE = ("conditions", "compare", "report")
+FREE_OF_TRAINING = ("save_every", "keep", "trackers", "export_merged")  # likewise, of its section "finetune"
 
 
 def digest(value: Any) -> str:
@@ -156,7 +157,10 @@ class Workspace:
 
 
 def _bound(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: section for name, section in config.items() if name not in _FREE}
+    bound = {name: section for name, section in config.items() if name not in _FREE}
+    if "finetune" in bound:
+        bound["finetune"] = {name: v for name, v in bound["finetune"].items() if name not in FREE_OF_TRAINING}
+    return bound
 
 
 def _differences(old: Any, new: Any, path: str = "config") -> list[str]:

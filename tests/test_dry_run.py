@@ -126,8 +126,8 @@ def test_training_that_is_followed(plan_of, tiny_llama):
                   f"3 evaluations of {held_out} questions"):  # fmt: skip
         assert words in text, text
     kept = one[one.index(text) + 2]
-    assert kept.startswith("  kept after steps 1, 10, 108: ")
-    assert f"{memory.readable(3 * 4 * numbers)} on disk; states to resume from: {memory.readable(12 * numbers)}" in kept
+    assert kept.startswith("  kept after steps 2, 15, 108: ")
+    assert f"{memory.readable(3 * 4 * numbers)} on disk; states to resume from: {memory.readable(24 * numbers)}" in kept
     assert f"parameters {memory.readable(4 * (memory.parameter_count(arch) / 2 + numbers))}" in one[one.index(text) + 1]
 
 
@@ -139,7 +139,7 @@ def test_checkpoints_are_collected_one_after_another(plan_of, tiny_llama):
     found = [re.search(r"TFLOP, ([\d.]+) (\w+)", line(lines, "collect sft")) for lines in (one, all_of_them)]
     times = [float(number) * units[unit] for number, unit in (match.groups() for match in found)]
     assert times[1] == pytest.approx(3 * times[0], rel=0.1)
-    assert line(all_of_them, "collect sft").startswith("collect sft@1, sft@3, sft: 3 x 36 prompts")
+    assert line(all_of_them, "collect sft").startswith("collect sft@2, sft@4, sft: 3 x 36 prompts")
 
 
 def test_lanes_share_a_step(plan_of):

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from jaxscape.models.answers import letter_table
 from jaxscape.collect.collector import lanes_of, plan_for, run_plan
 from jaxscape.collect.planning import Plan
 from jaxscape.collect.recipe import Recipe, layer_numbers
 from jaxscape.errors import InputError
+from jaxscape.models.answers import letter_table
 from jaxscape.models.decoder import check_sites
 from jaxscape.models.pretrained import Pretrained
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxscape.models.answers import letter_logits
 from jaxscape.data.batches import TokenBatch
+from jaxscape.models.answers import letter_logits
 from jaxscape.models.decoder import Prefix
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from jaxscape.models.answers import free_answers
 from jaxscape.errors import InputError
+from jaxscape.models.answers import free_answers
 from jaxscape.workspace import read_json, write_json
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -11,21 +11,23 @@ from jaxscape.models.lora import LoraConfig
 
 METHODS = ("lora", "full")
 DTYPES = ("float32", "bfloat16")
+_MOST_STEPS = 10**8
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneConfig:
-    """How to fine-tune.
+    """How to fine-tune; the defaults are the study's (arXiv 2409.03662).
 
     Attributes:
+      steps: optimiser steps.
       method: "lora" or "full" (all weights).
       lora: the adapters, for method "lora".
       dtype: of the computation, a name in ``DTYPES``; what is trained, and its optimiser's state, stay float32.
       optimizer: an optax optimiser's name and options, "adamw" or "adamw(b2=0.95, weight_decay=0.01)".
       learning_rate: at the peak of the schedule.
-      steps: optimiser steps.
       batch_size: questions a step.
-      accumulation: parts that a step is computed in, one after the other, to save memory; the gradient is the same.
+      accumulation: parts that a step is computed in, one after the other, to save memory; the gradient is the same,
+        but for the places that dropout zeroes, which depend on the parts and on the devices.
       warmup_ratio: share of the steps in which the rate rises from 0.
       final_ratio: rate at the end of the cosine, as a share of the peak.
       clip_norm: largest global norm of a step's gradient; 0: not clipped.
@@ -38,24 +40,24 @@ class FinetuneConfig:
       seed: of data order, adapters and dropout.
     """
 
-    method: str
-    lora: LoraConfig
-    dtype: str
-    optimizer: str
-    learning_rate: float
     steps: int
-    batch_size: int
-    accumulation: int
-    warmup_ratio: float
-    final_ratio: float
-    clip_norm: float
-    remat: str
-    packing: bool
-    evaluations: int
-    checkpoints: int
-    save_every: int
-    keep: int
-    seed: int
+    method: str = "lora"
+    lora: LoraConfig = LoraConfig(64, 16.0, 0.1)
+    dtype: str = "float32"
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-4
+    batch_size: int = 16
+    accumulation: int = 1
+    warmup_ratio: float = 0.05
+    final_ratio: float = 0.01
+    clip_norm: float = 1.0
+    remat: str = "elementwise"
+    packing: bool = False
+    evaluations: int = 0
+    checkpoints: int = 10
+    save_every: int = 100
+    keep: int = 1
+    seed: int = 0
 
     def __post_init__(self):
         for name, allowed in (("method", METHODS), ("remat", REMAT), ("dtype", DTYPES)):
@@ -71,6 +73,8 @@ class FinetuneConfig:
         for name in ("warmup_ratio", "final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"config.finetune.{name} = {getattr(self, name)}: must be in [0, 1]")
+        if self.steps > _MOST_STEPS:
+            raise InputError(f"config.finetune.steps (or epochs): {self.steps:,} steps; at most {_MOST_STEPS:,}")
         if self.accumulation > self.batch_size:
             raise InputError(
                 f"config.finetune.accumulation = {self.accumulation}: must be at most batch_size = {self.batch_size}"

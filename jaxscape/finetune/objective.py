@@ -25,17 +25,19 @@ class TrainingBatch(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What a step says of itself, float32 scalars.
+    """What a step says of itself, float32 scalars but for the last.
 
     Attributes:
       loss: weighted mean cross-entropy of the answers, in nats, before the update.
       accuracy: weighted share of rows whose likeliest token is the target.
       gradient_norm: global norm of the gradient, before it is clipped.
+      finite: bool, whether loss, gradient and every updated parameter are numbers.
     """
 
     loss: jax.Array
     accuracy: jax.Array
     gradient_norm: jax.Array
+    finite: jax.Array
 
 
 def answer_loss(model, batch: TokenBatch, targets, weights, dropout_key=None, *, remat: str = "none", dtype=None):
@@ -121,5 +123,6 @@ def train_step(graphdef, optimizer, trainable, frozen, opt_state, data: Training
     """
     loss, accuracy, gradient = gradients(graphdef, trainable, frozen, data, dropout_key, remat=remat, dtype=dtype)
     updates, opt_state = optimizer.update(gradient, opt_state, trainable)
-    metrics = Metrics(loss, accuracy, optax.global_norm(gradient))
-    return optax.apply_updates(trainable, updates), opt_state, metrics
+    trainable, norm = optax.apply_updates(trainable, updates), optax.global_norm(gradient)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in (loss, norm, *jax.tree.leaves(trainable))]))
+    return trainable, opt_state, Metrics(loss, accuracy, norm, finite)

@@ -7,6 +7,7 @@ was killed and goes on equals an unbroken one to the bit.
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscape.errors import InputError
 from jaxscape.finetune.batching import Batches
-from jaxscape.finetune.checkpoints import Checkpoints, apart, named, unnamed
+from jaxscape.finetune.checkpoints import STATE, Checkpoints, apart, named, unnamed
 from jaxscape.finetune.checkpoints import discard_states as discard_states
 from jaxscape.finetune.checkpoints import load_trained as load_trained
 from jaxscape.finetune.config import FinetuneConfig
@@ -37,11 +38,14 @@ from jaxscape.models.answers import letter_table
 from jaxscape.models.lora import LoraParam
 from jaxscape.models.pretrained import DTYPES, Pretrained, attach_adapters, fold_adapters, values_of, with_values
 from jaxscape.models.sharding import LANES
+from jaxscape.workspace import digest, read_json, write_json
 
+_RUN = "run.json"  # whose folder it is
+_FREE = ("save_every", "keep")  # change nothing that is computed
 LOG, VALIDATION, BY_SUBJECT = "log.csv", "validation.csv", "validation_by_subject.csv"
 _COLUMNS = {"step": int, "loss": float, "accuracy": float, "gradient_norm": float, "learning_rate": float,
             "tokens": int}  # fmt: skip
-_VALIDATION_COLUMNS = {"step": int, "accuracy_micro": float, "accuracy_macro": float, "loss": float}
+_VALIDATION_COLUMNS = {"step": int, "accuracy_micro": float, "accuracy_macro": float, "letters_loss": float}
 _SUBJECT_COLUMNS = {"step": int, "subject": str, "accuracy": float}
 # Steps that may be on their way while the metrics of the one before are fetched; CPUs gain nothing by it.
 _AHEAD = {"cpu": 0}
@@ -58,11 +62,6 @@ def _compiled_step(leaves: Sequence[NamedSharding], tree):
         donate_argnames=("trainable", "opt_state"),
         out_shardings=(*jax.tree.unflatten(tree, leaves), None),
     )
-
-
-@jax.jit
-def _all_finite(leaves: Sequence[jax.Array]) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 def _split(model: Pretrained, config: FinetuneConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -85,7 +84,6 @@ class TrainingRun:
       trainable: parameters that change, float32.
       frozen: all the others.
       opt_state: the optimiser's, beside them.
-      is_new: whether the last step was the first of its shape: its program may have been compiled for it.
     """
 
     def __init__(self, model: Pretrained, config: FinetuneConfig, data: TrainingSet):
@@ -97,7 +95,7 @@ class TrainingRun:
             data, steps=config.steps, batch_size=config.batch_size, parts=config.accumulation, lanes=self.lanes,
             packing=config.packing, seed=config.seed,
         )  # fmt: skip
-        self.is_new, self._shapes = True, set()
+        self._shapes = set()
         self.dtype = DTYPES[config.dtype]
         self._optimizer = optimizer(config)
         beside = jax.tree.map(lambda leaf: leaf.sharding, self.trainable)
@@ -111,11 +109,13 @@ class TrainingRun:
     def step(self, step: int) -> Metrics:
         """Takes step ``step`` (from 0) and returns its metrics, which may still be on their way."""
         arguments, options = self._arguments(step)
-        shape = tuple(leaf.shape for leaf in jax.tree.leaves(arguments[-2]))
-        self.is_new = shape not in self._shapes
-        self._shapes.add(shape)
+        self._shapes.add(self.batches.shape(step))
         self.trainable, self.opt_state, metrics = self._train_step(*arguments, **options)
         return metrics
+
+    def is_new(self, step: int) -> bool:
+        """Whether no step of its shape was taken yet: its program may have to be compiled."""
+        return self.batches.shape(step) not in self._shapes
 
     def temporary_bytes(self, step: int) -> int | None:
         """Bytes on a device that a step needs beside its arguments; None where the backend does not tell."""
@@ -140,10 +140,6 @@ class TrainingRun:
         self.trainable = with_values(self.trainable, unnamed(tree["trainable"]))
         leaves = [tree["opt_state"][name] for name in sorted(tree["opt_state"])]
         self.opt_state = jax.tree.unflatten(jax.tree.structure(self.opt_state), leaves)
-
-    def is_finite(self) -> bool:
-        """Whether no trained parameter is NaN or infinite."""
-        return bool(_all_finite(jax.tree.leaves(self.trainable)))
 
 
 class _Loop:
@@ -187,9 +183,10 @@ class _Loop:
                 self._settle(step)
                 self._stop_if(interruption, step)
                 if step < self.config.steps:
-                    metrics = self.run.step(step)
-                    self.pending.append((step, metrics, self.run.is_new))
-                    self._record(self.ahead)
+                    if compiles := self.run.is_new(step):
+                        self._record(0)  # its time is not that of the steps before it
+                    self.pending.append((step, self.run.step(step), compiles))
+                    self._record(0 if compiles else self.ahead)
             self.checkpoints.wait()
 
     def close(self) -> None:
@@ -215,7 +212,6 @@ class _Loop:
             return
         self._record(0)
         if keeps:
-            self._check_finite(step)
             self.checkpoints.keep(step, apart(named(values_of(self.run.trainable))))
             self.kept.add(step)
         if saves:
@@ -225,7 +221,6 @@ class _Loop:
         self.progress.go()
 
     def _save(self, step: int) -> None:
-        self._check_finite(step)
         with self._writing(LOG):
             self.log.sync()
             self.validation.sync()
@@ -238,7 +233,7 @@ class _Loop:
     def _ask(self, step: int) -> None:
         found = self.evaluate(self.run.trainable, self.run.frozen)
         row = {"step": step, "accuracy_micro": float(found.micro), "accuracy_macro": float(found.macro),
-               "loss": float(found.loss)}  # fmt: skip
+               "letters_loss": float(found.loss)}  # fmt: skip
         with self._writing(VALIDATION):
             for subject, accuracy in found.by_subject.items():
                 self.by_subject.append({"step": step, "subject": subject, "accuracy": float(accuracy)})
@@ -249,11 +244,10 @@ class _Loop:
         """Writes down the steps that were taken, but for the last ``ahead``."""
         while len(self.pending) > ahead:
             step, metrics, compiled = self.pending.popleft()
-            values = {name: float(value) for name, value in jax.device_get(metrics)._asdict().items()}
-            # a gradient that is not finite spoils the parameters of all that follows
-            if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-                said = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
-                raise self._diverged(step, f"{said} at step {step + 1}")
+            found = jax.device_get(metrics)
+            values = {name: float(getattr(found, name)) for name in ("loss", "accuracy", "gradient_norm")}
+            if not found.finite:  # before anything is made of the parameters
+                raise self._diverged(step, values)
             tokens = int(self.run.batches.tokens(step))
             row = {"step": step + 1, **values, "learning_rate": float(self.schedule(step)), "tokens": tokens}
             with self._writing(LOG):
@@ -263,21 +257,22 @@ class _Loop:
             curves |= {} if rate is None else {"tokens_per_second": rate}
             self.trackers.log(step + 1, {f"train/{name}": value for name, value in curves.items()})
 
-    def _check_finite(self, step: int) -> None:
-        if step and not self.run.is_finite():
-            raise self._diverged(step - 1, f"parameters are not finite after step {step}")
-
-    def _diverged(self, step: int, what: str) -> InputError:
+    def _diverged(self, step: int, values: Mapping[str, float]) -> InputError:
         """What to say of step ``step`` (from 0)."""
         self.checkpoints.settle()
+        loss, norm = values["loss"], values["gradient_norm"]
+        what = f"loss {loss}, gradient norm {norm} at step {step + 1}"
+        if math.isfinite(loss) and math.isfinite(norm):
+            what = f"parameters are not finite after step {step + 1}"
         names = list(self.run.batches.names(step))
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         state, kept = self.checkpoints.newest(), self.checkpoints.kept()
         good = f"the last good state is of step {state}" if state else "there is no state before it"
+        clip = "" if self.config.clip_norm else ", or set clip_norm,"
         good += f", the last parameters kept are in {self.folder / 'kept' / str(kept[-1])}" if kept else ""
         return InputError(
-            f"fine-tuning diverged: {what} (questions {', '.join(names[:_NAMED])}{more}); {good}; lower "
-            "config.finetune.learning_rate, or set clip_norm, and give another --workdir"
+            f"fine-tuning diverged: {what} (questions {', '.join(names[:_NAMED])}{more}); {good}; the same command "
+            f"would end the same way: lower config.finetune.learning_rate{clip} and give another --workdir"
         )
 
     @contextlib.contextmanager
@@ -308,7 +303,7 @@ def finetune(
     model: Pretrained,
     config: FinetuneConfig,
     data: TrainingSet,
-    folder: Path,
+    folder: Path | str,
     *,
     validation: ValidationSet | None = None,
     trackers: Sequence[str] = (),
@@ -334,10 +329,12 @@ def finetune(
 
     Raises:
       InputError: the training diverged: says at which step, on which questions, and what the last good checkpoint is.
-        Or a checkpoint is unreadable or cannot be written, or a tracker is not there.
+        Or the folder is another run's, a checkpoint is unreadable or cannot be written, or a tracker is not there.
       KeyboardInterrupt: SIGINT; its subclass ``Terminated``: SIGTERM.
     """
     check_trackers(trackers)
+    folder = Path(folder)
+    _claim(folder, config, data, validation)
     run = TrainingRun(model, config, data)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
@@ -346,14 +343,30 @@ def finetune(
             run.restore(checkpoints.restore(run.tree()))
         told = dataclasses.asdict(config)
         following = stack.enter_context(Trackers(trackers, folder, label=label, config=told, start=start))
-        loop = _Loop(run, checkpoints, _evaluator(run, model, validation), following, start, label)
-        stack.callback(loop.close)
         if start < config.steps:
             parts = {"trained": run.trainable, "frozen": run.frozen, "of the optimizer's": run.opt_state}
             print(*memory_lines(parts, run.temporary_bytes(start)), sep="\n", flush=True)
+        loop = _Loop(run, checkpoints, _evaluator(run, model, validation), following, start, label)
+        stack.callback(loop.close)
         loop.go(interruption)
         loop.log.write_parquet()
         return loop.facts()
+
+
+def _claim(folder: Path, config: FinetuneConfig, data: TrainingSet, validation: ValidationSet | None) -> None:
+    """Refuses a folder in which another run began: two would be mixed."""
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
+    rows = [[list(map(int, row)) for row in part.tokens] for part in (data, validation) if part is not None]
+    asked = [np.asarray(values).tolist() for values in (data.targets, data.weights)]
+    own = {"config": json.loads(json.dumps(fields)), "data": digest([rows, asked])}
+    found = read_json(folder / _RUN)
+    if found is None and not (folder / STATE).exists():
+        write_json(folder / _RUN, own)
+    elif found != own:
+        was = (found or {}).get("config", {})
+        changed = [name for name in own["config"] if was.get(name) != own["config"][name]] or ["the questions"]
+        raise InputError(f"{folder}: holds another run ({', '.join(changed)} changed); give another folder, or delete "
+                         "this one")  # fmt: skip
 
 
 def _evaluator(run: TrainingRun, model: Pretrained, validation: ValidationSet | None) -> Evaluator | None:

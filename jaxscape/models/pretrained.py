@@ -117,10 +117,15 @@ def attach_adapters(model: Pretrained, lora: LoraConfig, seed: int) -> tuple[nnx
       model: the decoder; its arrays are shared, not copied.
       lora: which adapters.
       seed: of their random halves.
+
+    Raises:
+      InputError: the decoder has none of the configuration's targets.
     """
     values = values_of(model.params)
     embedding = values[("embedding",)]
     graphdef, abstract = abstract_decoder(model.arch, dtype=embedding.dtype, lora=lora)
+    if len(abstract.flat_state()) == len(values):
+        raise InputError(f"LoRA targets {', '.join(lora.targets)}: {model.arch.family} has none of these projections")
     key, mesh = jax.random.key(seed), embedding.sharding.mesh
     for number, (path, leaf) in enumerate(abstract.flat_state()):
         if path not in values:

@@ -105,7 +105,8 @@ def _loss(axes, log: Sequence[tables.Row]) -> None:
 
 def _accuracy(axes, log, validation, checkpoints) -> None:
     steps = _column(log, "step")
-    axes.plot(steps, smoothed(steps, _column(log, "accuracy")), color=COLORS[0], label="training questions")
+    shown = smoothed(steps, _column(log, "accuracy"))
+    axes.plot(steps, shown, color=COLORS[0], label="training questions, free answer")
     for rows, label, color, marker in ((validation, "validation questions", COLORS[1], "o"),
                                        (checkpoints, "test questions", COLORS[2], "s")):  # fmt: skip
         if rows:

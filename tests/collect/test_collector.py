@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from jaxscape.collect import collector, planning
-from jaxscape.models.answers import letter_table
 from jaxscape.collect.collector import Target, collect_conditions, run_plan
 from jaxscape.collect.planning import plan_collection
 from jaxscape.collect.recipe import Recipe
 from jaxscape.collect.store import Pending, Store
+from jaxscape.models.answers import letter_table
 from jaxscape.workspace import read_json, write_json
 
 LETTERS = letter_table([[5, 15], [6], [7, 17], [8]])

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from jaxscape.models.answers import free_answers, letter_logits, letter_table
 from jaxscape.collect.recipe import layer_numbers, question_starts
+from jaxscape.models.answers import free_answers, letter_logits, letter_table
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from jaxscape.finetune.trainer import TrainingRun
 from jaxscape.models.lora import LoraConfig
 from jaxscape.models.pretrained import load_pretrained
 from jaxscape.models.sharding import MeshShape, make_mesh
-from tests.finetune.runs import TINY, CONFIG, FULL, training_set
+from tests.finetune.runs import CONFIG, FULL, TINY, training_set
 
 STEPS = 3
 METHODS = {
