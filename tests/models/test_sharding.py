@@ -43,10 +43,12 @@ MESH = SimpleNamespace(shape={"data": 3, "fsdp": 2, "tensor": 4})  # partition_s
         ((*MLP, "down", "kernel"), (4, 64, 32), P(None, "tensor", "fsdp")),
         ((*MLP, "up", "bias"), (4, 64), P(None, "tensor")),
         ((*MLP, "down", "bias"), (4, 32), P(None, None)),
-        ((*ATTENTION, "q", "adapter", "a"), (4, 32, 8), P(None, "fsdp", None)),
+        ((*ATTENTION, "q", "adapter", "a"), (4, 8, 32), P(None, None, "fsdp")),
         ((*ATTENTION, "v", "adapter", "b"), (4, 8, 16), P(None, None, "tensor")),
-        ((*MLP, "down", "adapter", "a"), (4, 64, 8), P(None, "tensor", None)),
+        ((*MLP, "down", "adapter", "a"), (4, 8, 64), P(None, None, "tensor")),
         ((*MLP, "down", "adapter", "b"), (4, 8, 32), P(None, None, "fsdp")),
+        ((*MLP, "up", "adapter", "m"), (4, 64), P(None, "tensor")),
+        ((*MLP, "down", "adapter", "m"), (4, 32), P(None, "fsdp")),
     ],
 )
 def test_each_parameter_is_cut_as_the_tables_say(path, shape, expected):
