@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxscape.models.sources import resolve
 from tests.benchmarks.limits import median_seconds
 
 ROWS, LENGTH, RANK, ALPHA = 16, 100, 64, 16.0
@@ -128,6 +129,7 @@ def _start(who: str, case: str) -> subprocess.Popen:
 
 def main() -> None:
     """Prints one line a case."""
+    resolve("smollm2-135m-instruct")  # fetched here, as what it says is not a worker's answer
     known = all(importlib.util.find_spec(name) for name in ("torch", "peft", "transformers"))
     print(f"{ROWS} x {LENGTH} tokens; seconds a step (best of {ROUNDS}), tokens/s, peak memory of the process")
     for case, (method, _) in CASES.items():
