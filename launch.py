@@ -17,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from configs import quickstart
-from jaxscape.errors import InputError, Terminated
+from jaxscape.errors import InputError, Terminated, disk_is_full
 
 _HERE = Path(__file__).resolve().parent
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the experiment; default: workdirs/<name of the config>.")
@@ -141,7 +141,7 @@ def _run(argv: list[str]) -> None:
     except InputError as error:
         _fail(error)
     except Exception as error:
-        if "No space left" not in str(error):
+        if not disk_is_full(error):
             raise
         _fail(f"the disk is full ({error}); make room and run the same command again: what is finished is kept")
     finally:

@@ -1,4 +1,6 @@
-"""The one error that means "the input is wrong, not the program"."""
+"""The one error that means "the input is wrong, not the program"; and how a run is ended from outside."""
+
+_FULL = ("No space left", "quota exceeded")
 
 
 class InputError(ValueError):
@@ -6,6 +8,11 @@ class InputError(ValueError):
 
     The launcher prints it as one line and exits non-zero; any other exception keeps its traceback.
     """
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Whether an error says so, be it the system's or a library's that passes it on."""
+    return any(text in str(error) for text in _FULL)
 
 
 class Terminated(KeyboardInterrupt):

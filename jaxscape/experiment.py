@@ -106,9 +106,9 @@ class Experiment:
         from jaxscape.models import peft, pretrained
 
         if self.trains:
-            return load_finetuned(model, self.finetuning, self.finetune_stage().folder, step)
+            return load_finetuned(model, self.finetuning, self.finetune_stage().folder, step, donate=True)
         lora, adapters = peft.read_adapter(self.adapter()[0], model.arch)
-        return pretrained.fold_adapters(model, lora, adapters)
+        return pretrained.fold_adapters(model, lora, adapters, donate=True)
 
     def _mesh(self):
         """The mesh that the models run on; says so when it is chosen."""
@@ -216,8 +216,7 @@ class Experiment:
 
         stage, config = self.finetune_stage(), self.config.finetune
         if stage.manifest() is not None:
-            trainer.discard_states(stage.folder)  # where the run was stopped just before it did
-            self._export(stage.folder)
+            self._leave(stage.folder)  # where the run was stopped just before it did
             return
         if config.method == "full" and self.config.model.dtype != "float32":
             self._model = None
@@ -233,11 +232,15 @@ class Experiment:
             facts = trainer.finetune(model, self.finetuning, data, folder, validation=followed,
                                      trackers=tuple(config.trackers), label="sft")  # fmt: skip
         del model
-        self._export(folder)
         stage.commit(**facts, seconds=self.seconds["finetune"], versions=runtime.describe())
-        trainer.discard_states(stage.folder)
+        self._leave(stage.folder)
 
-    def _export(self, folder: Path) -> None:
+    def _leave(self, folder: Path) -> None:
+        """Leaves of a finished training what others read, and nothing that only training needs."""
+        from jaxscape.finetune import trainer
+
+        trainer.discard_states(folder)
+        self._model = None  # exporting may load one
         training.export(folder, self.config, self.finetuning, self.checkpoint()[0], self._load)
 
     def _collect(self, conditions: Sequence[Condition]) -> None:

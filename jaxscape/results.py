@@ -16,6 +16,7 @@ from jaxscape.report import dendrogram, figures, page, style, tables, training
 
 _CURVES = ("intrinsic_dim", "core_fraction", "ari_prediction", "n_peaks", "ari_subject", "ari_answer",
            "neighbors_same_subject", "neighbors_same_answer")
+_SOMETIMES = {"training", "training_layers", "dendrogram"}  # figures that not all conditions have
 
 
 class Finished(NamedTuple):
@@ -205,6 +206,8 @@ def write_results(
                         ("training", checkpoints)):  # fmt: skip
         if table:
             tables.write_table(table, results / name)
+        else:
+            _remove(results, name)
     wanted = next(c for c in conditions if c.name == tree_of)
     tree = dendrogram_figure(wanted, config.report.dendrogram_layer, rows, subjects, names)
     drawn = training_figures(training, rows, checkpoints) if training else []
@@ -252,4 +255,12 @@ def _save_figures(order: Sequence[str], rows, tree, of_training, folder: Path) -
     for name, figure, caption in tqdm(drawn, desc="figures", unit="figure"):
         _, svg = style.save(figure, folder, name)
         pictures.append(page.Picture(svg.read_text(), caption))
+    for name in _SOMETIMES - {name for name, *_ in drawn}:
+        _remove(folder, name)
     return pictures
+
+
+def _remove(folder: Path, name: str) -> None:
+    """Removes a table or a figure of conditions that were asked before and are not now."""
+    for suffix in ("csv", "parquet", "png", "svg"):
+        (folder / f"{name}.{suffix}").unlink(missing_ok=True)

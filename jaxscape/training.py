@@ -77,6 +77,9 @@ def export(folder: Path, config, finetuning, source: Path, load: Callable) -> No
       finetuning: ``FinetuneConfig``.
       source: the pretrained checkpoint.
       load: loads the pretrained model.
+
+    Raises:
+      InputError: the disk does not take it; the same command tries again.
     """
     from jaxscape.finetune import trainer
     from jaxscape.models import export as merged
@@ -89,7 +92,7 @@ def export(folder: Path, config, finetuning, source: Path, load: Callable) -> No
         peft.write_adapter(folder / ADAPTER, read_architecture(source), finetuning.lora, trained, base=base)
 
     def write_merged():
-        merged.write_merged(folder / MERGED, source, trainer.load_finetuned(load(), finetuning, folder))
+        merged.write_merged(folder / MERGED, source, trainer.load_finetuned(load(), finetuning, folder, donate=True))
 
     for name, wanted, write in (
         (ADAPTER, finetuning.method == "lora", write_adapter),
@@ -100,5 +103,5 @@ def export(folder: Path, config, finetuning, source: Path, load: Callable) -> No
                 write()
             except InputError as error:
                 if isinstance(error.__context__, OSError):  # a full disk, not a format
-                    raise error.__context__ from None
+                    raise
                 print(f"checkpoints/sft/{name}: not written ({error})", flush=True)

@@ -1,12 +1,16 @@
 """An experiment that follows its training: checkpoints asked and mapped, and what is exported of the last one."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 from jaxscape.collect.store import Store
 from jaxscape.experiment import Experiment
+from jaxscape.finetune import trainer
+from jaxscape.models import export
+from jaxscape.models.saving import new_folder
 from jaxscape.report import tables
 from tests.launching import run_here, small_config, unbroken
 
@@ -59,6 +63,42 @@ def test_training_is_written_down_as_the_configuration_says(followed):
     subjects = [row["subject"] for row in tables.read_table(folder / "validation_by_subject.csv")]
     assert subjects == ["animals", "cities", "writers"] * 3
     assert manifest["kept_steps"] == [1, 3, 12]
+
+
+def test_training_is_not_lost_when_its_export_fails(tmp_path, monkeypatch, raises_input_error):
+    steps, config = [], small_config(conditions=("sft",), finetune__export_merged=True, finetune__validation="",
+                                     finetune__evaluations=0)  # fmt: skip
+    take, write = trainer.TrainingRun.step, export.write_merged
+    monkeypatch.setattr(trainer.TrainingRun, "step", lambda self, number: steps.append(number) or take(self, number))
+
+    def full(folder, *_):
+        with new_folder(folder):
+            raise OSError(122, "Disk quota exceeded")
+
+    for stop, expected in ((full, raises_input_error("cannot write", "merged", "quota exceeded", "make room")),
+                           (_stop, pytest.raises(KeyboardInterrupt))):  # fmt: skip
+        monkeypatch.setattr(export, "write_merged", stop)
+        with expected:
+            run_here(config, tmp_path)
+        assert steps == list(range(config.finetune.steps))
+        assert not (tmp_path / "checkpoints/sft/merged").exists()
+    monkeypatch.setattr(export, "write_merged", write)
+    run_here(config, tmp_path)
+    assert steps == list(range(config.finetune.steps)) and (tmp_path / "checkpoints/sft/merged/config.json").is_file()
+
+
+def _stop(*_):
+    raise KeyboardInterrupt
+
+
+def test_checkpoints_that_are_not_asked_any_more_leave_the_results(followed, tmp_path):
+    root = shutil.copytree(followed[0], tmp_path / "workdir")
+    shown = [root / "results/training.csv", root / "results/training.parquet", root / "report/figures/training.svg"]
+    shown[-1].parent.mkdir(parents=True)
+    shown[-1].touch()  # the figures of others are not drawn here
+    assert all(file.is_file() for file in shown)
+    run_here(small_config(**FOLLOWED | {"conditions": ("0shot",)}), root, figures=True)
+    assert not any(file.exists() for file in shown) and (root / "results/layers.csv").is_file()
 
 
 def test_table_of_checkpoints_says_what_layers_and_accuracy_say(followed):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorstore as ts
 
-from jaxscape.errors import InputError
+from jaxscape.errors import InputError, disk_is_full
 from jaxscape.models.answers import free_answers
 from jaxscape.workspace import read_json, write_json
 
@@ -102,7 +102,7 @@ class Store:
                 _create(folder / _FREE, (questions,), (questions,), "int32"),
             )
         except ValueError as error:
-            if "No space left" in str(error):  # nothing is wrong with what is there
+            if disk_is_full(error):  # nothing is wrong with what is there
                 raise
             raise _unreadable(folder, error) from None
 

@@ -8,6 +8,7 @@ Orbax writes a step in a folder of another name, and renames it once it is whole
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import sys
@@ -20,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxscape.errors import InputError
+from jaxscape.errors import InputError, disk_is_full
 from jaxscape.models.tensor_names import ParamPath
 
 STATE, KEPT = "state", "kept"
 _ITEM = "default"  # what Orbax's manager calls the one thing that a step holds
 _METADATA = "_CHECKPOINT_METADATA"
-_FULL = ("No space left", "quota exceeded")
+_GB = 10**9  # as Orbax counts
 
 
 def named(values: Mapping[ParamPath, jax.Array]) -> dict[str, jax.Array]:
@@ -56,15 +57,17 @@ class Checkpoints:
       folder: of the run.
     """
 
-    def __init__(self, folder: Path, keep: int):
+    def __init__(self, folder: Path, keep: int, like: Mapping):
         """Opens the checkpoints of a run, and removes what was left half-written.
 
         Args:
           folder: of the run.
           keep: how many states stay; an old one goes after a new one is whole.
+          like: a tree of arrays like those that will be saved.
         """
         self.folder = folder
-        self._managers = {STATE: _manager(folder / STATE, keep), KEPT: _manager(folder / KEPT, None)}
+        largest = max(map(_bytes_together, jax.tree.leaves(like)))
+        self._managers = {kind: _manager(folder / kind, most, largest) for kind, most in ((STATE, keep), (KEPT, None))}
         self._writing = {STATE: 0, KEPT: 0}
         self._quiet, self._failed = contextlib.ExitStack(), False
 
@@ -100,7 +103,7 @@ class Checkpoints:
         """The newest state.
 
         Args:
-          like: a tree of arrays of its shapes and dtypes, where they should lie.
+          like: a tree of its shapes, dtypes and shardings, as of ``abstract``.
 
         Raises:
           InputError: it is damaged; says which older one is whole.
@@ -125,9 +128,8 @@ class Checkpoints:
         return True
 
     def _restore(self, step: int, like: Mapping) -> Mapping:
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        return self._managers[STATE].restore(step, args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args))
+        restore_args = ocp.checkpoint_utils.construct_restore_args(like)
+        return self._managers[STATE].restore(step, args=ocp.args.PyTreeRestore(like, restore_args=restore_args))
 
     def keep(self, step: int, trainable: Mapping[str, jax.Array]) -> None:
         """Starts to write parameters that stay; they must not be reused before ``wait``.
@@ -166,7 +168,7 @@ class Checkpoints:
         """What to say of something that could not be written."""
         self.settle()
         self._failed = True
-        full = "the disk is full: " if any(text in str(error) for text in _FULL) else ""
+        full = "the disk is full: " if disk_is_full(error) else ""
         newest = self.newest()
         left = f"the last good state is of step {newest}" if newest else "there is no state yet"
         return InputError(
@@ -189,6 +191,11 @@ class Checkpoints:
         except Exception as error:  # Orbax's, TensorStore's or the system's, from whatever thread
             found = self.cannot_write(str(self.folder / kind / str(self._writing[kind])), error)
         raise found  # without the other as its context, which holds on to all that failed
+
+
+def abstract(tree):
+    """Shapes, dtypes and shardings of a tree of arrays, which need not live on."""
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
 
 
 def apart(tree):
@@ -236,16 +243,24 @@ def discard_states(folder: Path) -> None:
     shutil.rmtree(folder / STATE, ignore_errors=True)
 
 
-def _handler() -> ocp.PyTreeCheckpointHandler:
-    """Writes arrays as they are: float32 weights don't compress, and trying costs a copy of them in memory."""
-    return ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=1)
+def _bytes_together(array: jax.Array) -> int:
+    """Bytes of an array that lie on one device, which Orbax writes at once."""
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
-def _manager(folder: Path, keep: int | None) -> ocp.CheckpointManager:
+def _handler(largest: int = 0) -> ocp.PyTreeCheckpointHandler:
+    """Writes arrays as they are: float32 weights don't compress, and trying costs a copy of them in memory.
+
+    What is being written at once is copied too: as little as the largest piece allows.
+    """
+    return ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=1 + largest // _GB)
+
+
+def _manager(folder: Path, keep: int | None, largest: int) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True
     )
-    return ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=_handler())
+    return ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=_handler(largest))
 
 
 @contextlib.contextmanager

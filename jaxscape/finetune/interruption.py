@@ -12,6 +12,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption:
     """While it is entered, the first SIGINT or SIGTERM is noted only; a second one does what it did before.
 
+    One that came when nothing was left to be stopped ends the program on the way out.
+
     Signals that are ignored stay ignored (a job under nohup), and other threads than the main one change nothing.
 
     Attributes:
@@ -31,8 +33,10 @@ class Interruption:
                 signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         self._put_back()
+        if kind is None and self.received is not None:
+            raise self.error()
 
     def error(self) -> KeyboardInterrupt:
         """What to raise for the signal that was received."""

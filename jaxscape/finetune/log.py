@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -65,6 +66,11 @@ class Log:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table(columns), sink)
         write_bytes(self.path.with_suffix(".parquet"), sink.getvalue().to_pybytes())
+
+
+def read_rows(path: Path, columns: Mapping[str, type]) -> list[dict]:
+    """The rows of a log that are whole; none where there is no such table."""
+    return _read(path, columns, sys.maxsize)[1]
 
 
 def _line(cells: Sequence) -> bytes:

@@ -4,6 +4,7 @@ Curves lie over the step. A point that an interrupted run had drawn beyond the s
 with the same value.
 """
 
+import contextlib
 import importlib
 import uuid
 from collections.abc import Mapping, Sequence
@@ -114,14 +115,18 @@ class Trackers:
           InputError: one is not installed or cannot start.
         """
         check_trackers(names)
-        self._all = [_KINDS[name](folder, label, config, start) for name in dict.fromkeys(names)]
+        self._all = []
+        with contextlib.ExitStack() as opened:  # those before one that does not start are closed
+            for name in dict.fromkeys(names):
+                self._all.append(_KINDS[name](folder, label, config, start))
+                opened.callback(self._all[-1].close)
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> "Trackers":
         return self
 
     def __exit__(self, *_) -> None:
-        for tracker in self._all:
-            tracker.close()
+        self._opened.close()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Adds a point to each curve of each."""

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxscape.errors import InputError
 from jaxscape.finetune.batching import Batches
-from jaxscape.finetune.checkpoints import STATE, Checkpoints, apart, named, unnamed
+from jaxscape.finetune.checkpoints import KEPT, STATE, Checkpoints, abstract, apart, named, steps_in, unnamed
 from jaxscape.finetune.checkpoints import discard_states as discard_states
 from jaxscape.finetune.checkpoints import load_trained as load_trained
 from jaxscape.finetune.config import FinetuneConfig
 from jaxscape.finetune.dataset import TrainingSet, ValidationSet
 from jaxscape.finetune.evaluation import Evaluator
 from jaxscape.finetune.interruption import Interruption
-from jaxscape.finetune.log import Log
+from jaxscape.finetune.log import Log, read_rows
 from jaxscape.finetune.objective import Metrics, train_step
 from jaxscape.finetune.optimizers import optimizer, schedule, state_shardings
 from jaxscape.finetune.progress import Progress, memory_lines
@@ -37,7 +37,7 @@ from jaxscape.finetune.trackers import Trackers, check_trackers
 from jaxscape.models.answers import letter_table
 from jaxscape.models.lora import LoraParam
 from jaxscape.models.pretrained import DTYPES, Pretrained, attach_adapters, fold_adapters, values_of, with_values
-from jaxscape.models.sharding import LANES
+from jaxscape.models.sharding import LANES, MeshShape
 from jaxscape.workspace import digest, read_json, write_json
 
 _RUN = "run.json"  # whose folder it is
@@ -135,8 +135,15 @@ class TrainingRun:
         leaves = {f"{number:04d}": leaf for number, leaf in enumerate(jax.tree.leaves(self.opt_state))}
         return {"trainable": named(values_of(self.trainable)), "opt_state": leaves}
 
-    def restore(self, tree: Mapping) -> None:
-        """Takes a state's place."""
+    def restore(self, read: Callable[[Mapping], Mapping]) -> None:
+        """Takes a state's place: ``read`` makes one from its shapes, dtypes and shardings.
+
+        What is here goes first, as a device that trains need not have room for both.
+        """
+        like = abstract(self.tree())
+        for leaf in jax.tree.leaves((self.trainable, self.opt_state)):
+            leaf.delete()
+        tree = read(like)
         self.trainable = with_values(self.trainable, unnamed(tree["trainable"]))
         leaves = [tree["opt_state"][name] for name in sorted(tree["opt_state"])]
         self.opt_state = jax.tree.unflatten(jax.tree.structure(self.opt_state), leaves)
@@ -164,10 +171,14 @@ class _Loop:
 
     def _check_whole(self) -> None:
         """Refuses a folder out of which somebody took what the state builds on."""
-        lost = [step for step in self.config.kept_steps() if step < self.start and step not in self.kept]
-        if lost or len(self.log.rows) < self.start:
-            what = f"the parameters of step {lost[0]}" if lost else f"rows of {LOG} after step {len(self.log.rows)}"
-            raise InputError(f"{self.folder}: {what} are missing, though the state is of step {self.start}; delete "
+        lost = [f"the parameters of step {step}" for step in self.config.kept_steps()
+                if step < self.start and step not in self.kept]  # fmt: skip
+        if len(self.log.rows) < self.start:
+            lost.append(f"rows of {LOG} after step {len(self.log.rows)}")
+        lost += [f"rows of {VALIDATION} of step {step}" for step in self.config.evaluated_steps()
+                 if step < self.start and self._asks(step)]  # fmt: skip
+        if lost:
+            raise InputError(f"{self.folder}: {lost[0]} are missing, though the state is of step {self.start}; delete "
                              "this folder and run again")  # fmt: skip
 
     def go(self, interruption: Interruption) -> None:
@@ -188,6 +199,7 @@ class _Loop:
                     self.pending.append((step, self.run.step(step), compiles))
                     self._record(0 if compiles else self.ahead)
             self.checkpoints.wait()
+            self._stop_if(interruption, self.config.steps)
 
     def close(self) -> None:
         """Closes the files."""
@@ -198,7 +210,8 @@ class _Loop:
         if interruption.received is None:
             return
         self._record(0)
-        if step and not self.checkpoints.has_state(step):
+        done = step == self.config.steps and step in self.kept and not self._asks(step)
+        if step and not done and not self.checkpoints.has_state(step):
             self._save(step)
         self.checkpoints.wait()
         raise interruption.error()
@@ -207,8 +220,7 @@ class _Loop:
         """Does what is to be done with the parameters that ``step`` steps have left."""
         keeps = step in self.config.kept_steps() and step not in self.kept
         saves = step % self.config.save_every == 0 and self.start < step < self.config.steps
-        asks = self.evaluate and step in self.config.evaluated_steps() and not self._is_evaluated(step)
-        if not (keeps or saves or asks):
+        if not (keeps or saves or self._asks(step)):
             return
         self._record(0)
         if keeps:
@@ -216,7 +228,7 @@ class _Loop:
             self.kept.add(step)
         if saves:
             self._save(step)
-        if asks:
+        if self._asks(step):
             self._ask(step)
         self.progress.go()
 
@@ -227,8 +239,10 @@ class _Loop:
             self.by_subject.sync()
         self.checkpoints.save(step, apart(self.run.tree()))
 
-    def _is_evaluated(self, step: int) -> bool:
-        return any(row["step"] == step for row in self.validation.rows)
+    def _asks(self, step: int) -> bool:
+        """Whether the validation questions are still to be asked after ``step`` steps."""
+        asked = any(row["step"] == step for row in self.validation.rows)
+        return bool(self.evaluate) and not asked and step in self.config.evaluated_steps()
 
     def _ask(self, step: int) -> None:
         found = self.evaluate(self.run.trainable, self.run.frozen)
@@ -313,7 +327,8 @@ def finetune(
 
     While it runs, the first SIGINT or SIGTERM ends it after the step it is at, with the state saved.
 
-    With method "full" the arrays of ``model`` are given up to the optimiser and must not be used afterwards.
+    With method "full" the arrays of ``model`` are given up to the optimiser and must not be used afterwards. That a run
+    goes on with the model it began with is the caller's to see to.
 
     Args:
       model: what to start from.
@@ -334,13 +349,15 @@ def finetune(
     """
     check_trackers(trackers)
     folder = Path(folder)
-    _claim(folder, config, data, validation)
+    _claim(folder, config, data, validation, jax.tree.leaves(model.params)[0].sharding.mesh)
+    finished = _is_finished(folder, config, validation)
     run = TrainingRun(model, config, data)
     with contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption())
-        checkpoints = stack.enter_context(Checkpoints(folder, config.keep))
-        if start := checkpoints.newest():
-            run.restore(checkpoints.restore(run.tree()))
+        checkpoints = stack.enter_context(Checkpoints(folder, config.keep, run.tree()))
+        start = config.steps if finished else checkpoints.newest()
+        if start and not finished:
+            run.restore(checkpoints.restore)
         told = dataclasses.asdict(config)
         following = stack.enter_context(Trackers(trackers, folder, label=label, config=told, start=start))
         if start < config.steps:
@@ -353,20 +370,36 @@ def finetune(
         return loop.facts()
 
 
-def _claim(folder: Path, config: FinetuneConfig, data: TrainingSet, validation: ValidationSet | None) -> None:
-    """Refuses a folder in which another run began: two would be mixed."""
+def _claim(folder: Path, config: FinetuneConfig, data: TrainingSet, validation: ValidationSet | None, mesh) -> None:
+    """Refuses a folder in which another run began: two would be mixed. Of another mesh it only tells."""
     fields = {name: value for name, value in dataclasses.asdict(config).items() if name not in _FREE}
     rows = [[list(map(int, row)) for row in part.tokens] for part in (data, validation) if part is not None]
-    asked = [np.asarray(values).tolist() for values in (data.targets, data.weights)]
-    own = {"config": json.loads(json.dumps(fields)), "data": digest([rows, asked])}
+    asked = [data.targets, data.weights] + ([] if validation is None else [validation.answers, validation.subjects])
+    own = {"config": json.loads(json.dumps(fields)), "data": digest([rows, [np.asarray(v).tolist() for v in asked]]),
+           "mesh": str(MeshShape(**mesh.shape))}  # fmt: skip
     found = read_json(folder / _RUN)
     if found is None and not (folder / STATE).exists():
         write_json(folder / _RUN, own)
-    elif found != own:
-        was = (found or {}).get("config", {})
-        changed = [name for name in own["config"] if was.get(name) != own["config"][name]] or ["the questions"]
+        return
+    found = found or {}
+    was = found.get("config", {})
+    changed = [name for name in own["config"] if was.get(name) != own["config"][name]]
+    changed += ["the questions"] if found.get("data") != own["data"] else []
+    if changed:
         raise InputError(f"{folder}: holds another run ({', '.join(changed)} changed); give another folder, or delete "
                          "this one")  # fmt: skip
+    if found.get("mesh") != own["mesh"]:
+        places = " and for the places that dropout zeroes" if config.lora.dropout and config.method == "lora" else ""
+        print(f"began on a mesh of {found.get('mesh')}, goes on on {own['mesh']}: the same training but for rounding"
+              f"{places}, not to the bit", flush=True)  # fmt: skip
+
+
+def _is_finished(folder: Path, config: FinetuneConfig, validation: ValidationSet | None) -> bool:
+    """Whether everything that a run leaves is there: it may have ended just before it could tell."""
+    asked = config.evaluated_steps() if validation is not None else ()
+    answered = {row["step"] for row in read_rows(folder / VALIDATION, _VALIDATION_COLUMNS)}
+    logged = len(read_rows(folder / LOG, _COLUMNS))
+    return config.steps in steps_in(folder / KEPT) and logged == config.steps and answered.issuperset(asked)
 
 
 def _evaluator(run: TrainingRun, model: Pretrained, validation: ValidationSet | None) -> Evaluator | None:
@@ -377,7 +410,7 @@ def _evaluator(run: TrainingRun, model: Pretrained, validation: ValidationSet | 
 
 
 def load_finetuned(
-    model: Pretrained, config: FinetuneConfig, folder: Path, step: int | None = None
+    model: Pretrained, config: FinetuneConfig, folder: Path, step: int | None = None, *, donate: bool = False
 ) -> Pretrained:
     """The model with parameters that ``finetune`` kept in ``folder``; adapters are folded into the kernels.
 
@@ -386,16 +419,19 @@ def load_finetuned(
       config: how.
       folder: where.
       step: one of those that were kept; None: the last.
+      donate: give up the arrays of ``model`` that are replaced, instead of holding both.
 
     Raises:
       InputError: the checkpoint is missing or unreadable.
     """
     trained = load_trained(folder, step)
     if config.method == "lora":
-        return fold_adapters(model, config.lora, trained)
+        return fold_adapters(model, config.lora, trained, donate=donate)
     before = values_of(model.params)
-    placed = {
-        path: jax.device_put(np.asarray(value, before[path].dtype), before[path].sharding)
-        for path, value in trained.items()
-    }
-    return model._replace(params=with_values(model.params, {**before, **placed}))
+    placed = dict(before)
+    for path, value in trained.items():
+        place, dtype = before[path].sharding, before[path].dtype
+        if donate:
+            before[path].delete()
+        placed[path] = jax.device_put(np.asarray(value, dtype), place)
+    return model._replace(params=with_values(model.params, placed))

@@ -1,7 +1,8 @@
 """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685): y = x W + scale dropout(x) A^T B."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def init_adapter(part: str, shape: tuple[int, ...], key: jax.Array, kernel: jax.
     if part == "b":
         return jnp.zeros(shape)
     if part == "m":
-        return column_lengths(kernel.astype(jnp.float32))
+        return jax.jit(lambda kernel: column_lengths(kernel.astype(jnp.float32)))(kernel)  # no float32 copy of it
     bound = shape[2] ** -0.5  # kaiming_uniform with a = sqrt(5)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
@@ -152,25 +153,31 @@ class Adapter(nnx.Module):
         return y + (ratio - 1) * (dropped @ kernel) + ratio * update  # as PEFT has it
 
 
-def merge_adapters(params: Mapping[tuple, jax.Array], adapters: Mapping[tuple, jax.Array], config: LoraConfig) -> dict:
-    """Adds every adapter's update to its kernel.
+def merge_adapter(kernel: jax.Array, adapter: Mapping[str, jax.Array], scale: float, *, donate: bool) -> jax.Array:
+    """Adds an adapter's update to its kernel, layer by layer, in float32.
 
     Args:
-      params: parameter path -> array, of the decoder without adapters.
-      adapters: path (..., "adapter", "a", "b" or "m") -> array.
-      config: the adapters' configuration.
+      kernel: [L, inputs, outputs], of any dtype.
+      adapter: "a", "b" and, of DoRA, "m".
+      scale: of the update.
+      donate: give up ``kernel``: the result takes its place, and no more than a layer is held beside it.
 
     Returns:
-      Parameter path -> array, of the same decoder with changed kernels.
+      [L, inputs, outputs], of the kernel's dtype, where the kernel lies.
     """
-    merged = dict(params)
-    for path, a in adapters.items():
-        if path[-1] == "a":
-            name = path[:-2] + ("kernel",)
-            kernel, magnitude = params[name], adapters.get(path[:-1] + ("m",))
-            update = jnp.einsum("lri,lro->lio", a, adapters[path[:-1] + ("b",)])
-            changed = kernel.astype(jnp.float32) + config.scale * update
-            if magnitude is not None:
-                changed *= (magnitude / column_lengths(changed))[:, None, :]
-            merged[name] = changed.astype(kernel.dtype)
-    return merged
+    return _merging(donate, kernel.sharding)(kernel, dict(adapter), scale)
+
+
+@functools.lru_cache(maxsize=32)
+def _merging(donate: bool, sharding: jax.sharding.Sharding) -> Callable:
+    def merge(kernel, adapter, scale):
+        def layer(number, merged):
+            part = {name: value[number] for name, value in adapter.items()}
+            changed = merged[number].astype(jnp.float32) + scale * (part["a"].T @ part["b"])
+            if "m" in part:
+                changed *= part["m"] / column_lengths(changed)
+            return merged.at[number].set(changed.astype(merged.dtype))
+
+        return jax.lax.fori_loop(0, len(kernel), layer, kernel)
+
+    return jax.jit(merge, donate_argnums=0 if donate else (), out_shardings=sharding)

@@ -17,7 +17,7 @@ from jaxscape.models.architecture import Architecture
 from jaxscape.models.decoder import abstract_decoder
 from jaxscape.models.families import from_hf_config
 from jaxscape.models.gguf import GgufFile
-from jaxscape.models.lora import LoraConfig, init_adapter, merge_adapters
+from jaxscape.models.lora import LoraConfig, init_adapter, merge_adapter
 from jaxscape.models.tensor_names import ParamPath
 from jaxscape.models.weights import SafetensorsFolder, TensorFile, load_params
 
@@ -135,7 +135,22 @@ def attach_adapters(model: Pretrained, lora: LoraConfig, seed: int) -> tuple[nnx
     return graphdef, with_values(abstract, values)
 
 
-def fold_adapters(model: Pretrained, lora: LoraConfig, adapters: Mapping[ParamPath, np.ndarray]) -> Pretrained:
-    """The decoder with trained adapters added into its kernels."""
-    merged = merge_adapters(values_of(model.params), adapters, lora)
-    return model._replace(params=with_values(model.params, merged))
+def fold_adapters(
+    model: Pretrained, lora: LoraConfig, adapters: Mapping[ParamPath, np.ndarray], *, donate: bool = False
+) -> Pretrained:
+    """The decoder with trained adapters added into its kernels.
+
+    Args:
+      model: the decoder.
+      lora: the adapters' configuration.
+      adapters: path (..., "adapter", "a", "b" or "m") -> array.
+      donate: give up the kernels of ``model`` that change, instead of holding both.
+    """
+    values = values_of(model.params)
+    mesh = values[("embedding",)].sharding.mesh
+    for path in [path for path in adapters if path[-1] == "a"]:
+        parts = {part: (*path[:-1], part) for part in ("a", "b", "m")}
+        adapter = {part: sharding.place(name, adapters[name], mesh) for part, name in parts.items() if name in adapters}
+        kernel = (*path[:-2], "kernel")
+        values[kernel] = merge_adapter(values[kernel], adapter, lora.scale, donate=donate)
+    return model._replace(params=with_values(model.params, values))

@@ -19,6 +19,13 @@ def test_eight_devices_take_the_steps_of_one(method, found):
         np.testing.assert_allclose(other["gradient_norm"], alone["gradient_norm"], rtol=3e-5)
 
 
+def test_folded_kernels_lie_where_the_kernels_do(found):
+    alone, *spread = (found[f"lora {shape}"] for shape in MESHES["lora"])
+    for other in spread:
+        np.testing.assert_allclose(other["folded"], alone["folded"], rtol=1e-5)
+        assert len(other["folded"]) == 7 and other["moved"] == []
+
+
 def test_parameters_and_moments_are_spread(found):
     alone, spread = (found[f"full {shape}"]["on_a_device"] for shape in (MeshShape(), MeshShape(1, 8, 1)))
     for part in ("trained", "optimizer"):

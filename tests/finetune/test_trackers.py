@@ -87,13 +87,14 @@ def test_unknown_tracker_is_refused_with_the_choices(raises_input_error):
         check_trackers(["mlflow"])
 
 
-def test_wandb_that_does_not_start_says_what_to_do(monkeypatch, tmp_path, raises_input_error):
+def test_wandb_that_does_not_start_says_what_to_do(runs, monkeypatch, tmp_path, raises_input_error):
     def init(**_):
         raise RuntimeError("api_key not configured\n(no-tty)")
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     with raises_input_error("api_key not configured (no-tty)", "wandb login", "WANDB_MODE=offline"):
-        follow(tmp_path, names=["wandb"])
+        follow(tmp_path, names=["tensorboard", "wandb"])
+    assert [run.closed for run in runs] == [True]
 
 
 def test_tensorboard_reads_the_curves_of_a_resumed_run(tmp_path):

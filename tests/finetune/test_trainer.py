@@ -22,7 +22,7 @@ from jaxscape.data.batches import BatchShape, pack
 from jaxscape.errors import Terminated
 from jaxscape.finetune import trainer
 from jaxscape.finetune.batching import data_order
-from jaxscape.finetune.checkpoints import KEPT, STATE, steps_in
+from jaxscape.finetune.checkpoints import KEPT, STATE, Checkpoints, steps_in
 from jaxscape.finetune.evaluation import Evaluator
 from jaxscape.finetune.log import Log
 from jaxscape.finetune.objective import Metrics
@@ -208,6 +208,77 @@ def test_signal_ends_the_run_after_its_step_with_the_state_saved(number, error, 
     assert left_by(tmp_path) == left_by(unbroken["lora"][0])
 
 
+@pytest.mark.parametrize("moment", ["the last parameters are written", "the last files are"])
+def test_signal_after_the_last_step_ends_the_program_and_costs_no_step(moment, tmp_path, monkeypatch, unbroken, taken):
+    held, name = (Log, "write_parquet") if moment == "the last files are" else (Checkpoints, "wait")
+    done, sent = getattr(held, name), []
+
+    def signalled(self):
+        if not sent:  # a second one would end it at once
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        done(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(held, name, signalled)
+        with pytest.raises(Terminated):
+            train(CONFIG, tmp_path)
+    assert taken == list(range(7)) and max(steps_in(tmp_path / STATE)) == 6  # what is kept is enough
+    train(CONFIG, tmp_path)
+    assert taken == list(range(7))
+    assert left_by(tmp_path) == left_by(unbroken["lora"][0])
+
+
+@pytest.mark.parametrize("lost", ["", "kept/7", "a row of log.csv", "a row of validation.csv"])
+def test_finished_run_is_taken_again_only_from_where_it_lacks_something(lost, tmp_path, unbroken, taken):
+    expected = train(CONFIG, tmp_path)
+    if lost.startswith("a row"):
+        file = tmp_path / lost.split()[-1]
+        file.write_bytes(file.read_bytes()[:-5])
+    elif lost:
+        shutil.rmtree(tmp_path / lost)
+    taken.clear()
+    facts = train(CONFIG, tmp_path)
+    assert taken == ([6] if lost else [])
+    assert {**facts, "tokens_per_second": 0} == {**expected, "tokens_per_second": 0}
+    assert left_by(tmp_path) == left_by(unbroken["lora"][0])
+
+
+def test_nothing_of_before_is_held_while_a_state_is_read(unbroken):
+    run = TrainingRun(tiny(), FULL, training_set())
+    before, expected = jax.tree.leaves((run.trainable, run.opt_state)), jax.device_get(run.tree())
+
+    def read(like):
+        assert all(leaf.is_deleted() for leaf in before)
+        assert jax.tree.all(jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, like, expected))
+        return jax.tree.map(lambda leaf, value: jax.device_put(value, leaf.sharding), like, expected)
+
+    run.restore(read)
+    assert jax.tree.all(jax.tree.map(np.array_equal, run.tree(), expected))
+    assert math.isfinite(run.step(0).loss)
+
+
+def test_run_that_goes_on_on_another_mesh_says_so(tmp_path, capsys):
+    with before_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(Terminated):
+        train(CONFIG, tmp_path)
+    assert "began on" not in capsys.readouterr().out
+    file = tmp_path / "run.json"
+    file.write_text(file.read_text().replace("data 1", "data 2"))
+    train(CONFIG, tmp_path)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("began on")]
+    assert "data 2 x fsdp 1 x tensor 1, goes on on data 1" in line and "dropout" in line and "not to the bit" in line
+
+
+@pytest.mark.parametrize("config", [CONFIG, FULL], ids=lambda c: c.method)
+def test_model_that_is_given_up_is_not_held_beside_the_loaded_one(config, unbroken):
+    kept, given = tiny(), tiny()
+    expected = values_of(load_finetuned(kept, config, unbroken[config.method][0]).params)
+    found = values_of(load_finetuned(given, config, unbroken[config.method][0], donate=True).params)
+    assert all(np.array_equal(found[path], value) for path, value in expected.items())
+    assert not any(value.is_deleted() for value in values_of(kept.params).values())
+    changed = {path for path, value in values_of(given.params).items() if value.is_deleted()}
+    assert changed == {path for path in expected if path[-1] == "kernel" or config.method == "full"}
+
+
 def test_second_signal_interrupts_at_once(tmp_path, taken):
     def twice():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -283,6 +354,9 @@ def test_folder_of_another_run_is_refused(tmp_path, raises_input_error, unbroken
     other = training_set()
     with raises_input_error(str(tmp_path), "another run", "the questions changed"):
         train(CONFIG, tmp_path, data=other._replace(targets=other.targets[::-1]))
+    asked = runs.validation_set()
+    with raises_input_error(str(tmp_path), "another run", "the questions changed"):
+        train(CONFIG, tmp_path, validation=asked._replace(answers=asked.answers[::-1]))
     train(dataclasses.replace(CONFIG, save_every=1, keep=2), tmp_path)
     assert left_by(tmp_path) == left_by(unbroken["lora"][0])
 
@@ -310,15 +384,14 @@ def test_full_disk_under_the_log_is_reported(tmp_path, monkeypatch, raises_input
     assert left_by(tmp_path) == left_by(unbroken["lora"][0])
 
 
-@pytest.mark.parametrize("lost", ["kept", "log"])
-def test_folder_that_lost_something_is_refused(lost, tmp_path, raises_input_error):
+@pytest.mark.parametrize(("lost", "words"), [
+    ("kept/4", ["parameters of step 4"]), ("log.csv", ["log.csv", "after step 0"]),
+    ("validation.csv", ["validation.csv", "of step 0"]),
+])  # fmt: skip
+def test_folder_that_lost_something_is_refused(lost, words, tmp_path, raises_input_error):
     with before_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM)), pytest.raises(Terminated):
         train(CONFIG, tmp_path)
-    if lost == "kept":
-        shutil.rmtree(tmp_path / KEPT / "4")
-    else:
-        (tmp_path / trainer.LOG).unlink()
-    words = ["parameters of step 4"] if lost == "kept" else ["log.csv", "after step 0"]
+    (tmp_path / lost).rename(tmp_path / "elsewhere")
     with raises_input_error(str(tmp_path), *words, "state is of step 5", "delete"):
         train(CONFIG, tmp_path)
 
