@@ -19,7 +19,7 @@ from jaxscape.data.batches import TokenBatch
 from jaxscape.errors import InputError
 from jaxscape.models.architecture import Architecture, Rotary
 from jaxscape.models.attention import Scores, attend
-from jaxscape.models.lora import Adapter, LoraConfig, zeroed
+from jaxscape.models.lora import Adapter, LoraConfig, low_ranks, zeroed
 
 SITES = ("residual", "input_norm", "post_attention_norm", "final_norm")
 
@@ -125,12 +125,18 @@ class Projection(nnx.Module):
         self.bias = nnx.data(nnx.Param(jnp.zeros((stack, outputs), dtype)) if bias else None)
         self.adapter = nnx.data(None if lora is None else Adapter(stack, inputs, outputs, lora))
 
-    def __call__(self, x: jax.Array, dropped: jax.Array | None = None) -> jax.Array:
-        """[N, inputs] -> [N, outputs], in the layer that the scan is at; ``dropped``: x after dropout, if it is on."""
+    def __call__(self, x: jax.Array, half: jax.Array | None, dropped: jax.Array | None) -> jax.Array:
+        """[N, inputs] -> [N, outputs], in the layer that the scan is at.
+
+        Args:
+          x: [N, inputs].
+          half: [N, rank], what the adapter makes of x; None where there is none.
+          dropped: [N, inputs], x after dropout; None where it is off.
+        """
         kernel = self.kernel[...].astype(x.dtype)
         y = x @ kernel
         if self.adapter is not None:
-            y = self.adapter(x, x if dropped is None else dropped, y, kernel)
+            y = self.adapter(half, y, kernel, dropped)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return checkpoint_name(y, "projection")
@@ -138,12 +144,14 @@ class Projection(nnx.Module):
 
 def project(projections: Sequence[Projection], x: jax.Array, dropout_key: jax.Array | None) -> list[jax.Array]:
     """Projections of the same states [N, inputs]; they share the dropout of their adapters' inputs."""
-    rates = {p.adapter.config.dropout for p in projections if p.adapter is not None}
-    dropped = None
-    if dropout_key is not None and max(rates, default=0) > 0:
-        (rate,) = rates
-        dropped = zeroed(x, rate, dropout_key)
-    return [p(x, dropped) for p in projections]
+    adapters = {number: p.adapter for number, p in enumerate(projections) if p.adapter is not None}
+    dropped, halves = None, {}
+    if adapters:
+        (rate,) = {adapter.config.dropout for adapter in adapters.values()}
+        dropped = zeroed(x, rate, dropout_key) if dropout_key is not None and rate > 0 else None
+        halves = low_ranks(x if dropped is None else dropped, list(adapters.values()))
+        halves = dict(zip(adapters, halves, strict=True))
+    return [p(x, halves.get(number), dropped) for number, p in enumerate(projections)]
 
 
 class Attention(nnx.Module):

@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from jaxscape.data.batches import BatchShape, pack
-from jaxscape.models.lora import PROJECTIONS, Adapter, LoraConfig, LoraParam, init_adapter, zeroed
+from jaxscape.models.lora import PROJECTIONS, Adapter, LoraConfig, LoraParam, init_adapter, low_ranks, zeroed
 from jaxscape.models.pretrained import attach_adapters, fold_adapters, values_of, with_values
 
 ROWS = ([3, 17, 250, 99, 41, 8, 3], [120, 9])
@@ -100,7 +100,8 @@ def test_dora_is_the_paper(dropout):
     graphdef, state = nnx.split(Adapter(1, 64, 8, lora))
     adapter = nnx.merge(graphdef, with_values(state, {("a",): a, ("b",): b, ("m",): m}))
     dropped = np.where(rng.random(x.shape) < 0.5, 0, 2 * x).astype(np.float32) if dropout else x
-    found = adapter(x, dropped, x @ w, w)
+    (half,) = low_ranks(dropped, [adapter])
+    found = adapter(half, x @ w, w, dropped if dropout else None)
     x, dropped, w, a, b, m = (value.astype(np.float64) for value in (x, dropped, w, a, b, m))
     changed = w + 1.5 * a.T @ b
     ratio = m / np.linalg.norm(changed, axis=0)
