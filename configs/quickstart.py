@@ -3,7 +3,7 @@
 Reproduces the picture of "The representation landscape of few-shot learning and fine-tuning in large language models"
 (arXiv 2409.03662) on a laptop: few-shot prompts make peaks of subjects, fine-tuning makes peaks of answers.
 
-Takes about 5 minutes on 2 CPU cores, under 3 GB of memory.
+Takes about 7 minutes on 2 CPU cores, under 3 GB of memory.
 
     python launch.py
 """

@@ -3,7 +3,7 @@
 Half of the quickstart's questions, 0-shot, asked of the pretrained model and after each step that is kept: the report
 shows how the answers' peaks grow as training goes on.
 
-Takes about 8 minutes on 2 CPU cores, under 3 GB of memory.
+Takes about 9 minutes on 2 CPU cores, under 3 GB of memory.
 
     python launch.py --config=configs/training_smollm2.py
 """
