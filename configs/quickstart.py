@@ -71,7 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.finetune.splits = ("train",)  # trained on; mmlu: ("dev", "validation")
     config.finetune.per_subject = 0  # questions of each subject that are trained on, at most; 0: all
     config.finetune.class_weights = True  # subjects count the same, however many questions they have
-    config.finetune.validation = "held_out"  # some of what would be trained on; or "validation", "test", "" for none
+    config.finetune.validation = "held_out"  # some of what would be trained on; or a split; "": none is asked
     config.finetune.validation_share = 0.1  # of each subject, that "held_out" holds out
     config.finetune.validation_questions = 96  # at most so many, of all subjects alike; 0: all
     config.finetune.trackers = ()  # of "tensorboard", "wandb": the log goes there too

@@ -70,9 +70,9 @@ def check_training_data(finetune) -> None:
     if "test" in splits:
         raise InputError("config.finetune.splits: 'test' is asked under every condition and can't be trained on; "
                          "leave it out")
-    if bool(followed) != bool(finetune.evaluations):
-        raise InputError(f"config.finetune.validation {followed!r} with evaluations = {finetune.evaluations}: set "
-                         "both, or neither ('' and 0)")
+    if followed and not finetune.evaluations:
+        raise InputError(f"config.finetune.validation {followed!r} with evaluations = 0: nothing would be asked; set "
+                         "config.finetune.evaluations, or config.finetune.validation='' to train without")
     if not 0 <= finetune.epochs < math.inf:
         raise InputError(f"config.finetune.epochs = {finetune.epochs}: must be 0 (steps count) or more")
 
@@ -97,6 +97,7 @@ def finetune_config(config, questions: int = 0):
     if section.epochs:
         steps = max(1, math.ceil(section.epochs * questions / max(section.batch_size, 1)))
     given = {"lora": lora, "steps": steps, "dtype": config.model.dtype, "seed": config.seed}
+    given["evaluations"] = section.evaluations if section.validation else 0
     names = [field.name for field in dataclasses.fields(FinetuneConfig) if field.name not in given]
     return FinetuneConfig(**given, **{name: section[name] for name in names})
 

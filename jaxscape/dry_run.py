@@ -218,9 +218,10 @@ def describe(experiment, devices: Devices, tflops: float = 0.0) -> str:
       tflops: see ``rate_of``.
 
     Raises:
-      InputError: the model cannot be read or doesn't fit, or a prompt is longer than it takes.
+      InputError: the model or an adapter cannot be read or doesn't fit, or a prompt is longer than the model takes.
     """
     config, dtype = experiment.config, experiment.config.model.dtype
+    experiment.check_adapter()
     path = sources.resolve(config.model.source, weights=False)
     arch = read_architecture(path)
     check_sites(arch, (config.collect.site,))

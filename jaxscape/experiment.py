@@ -86,6 +86,19 @@ class Experiment:
             self._adapter = path, sources.fingerprint(path)
         return self._adapter
 
+    def check_adapter(self) -> None:
+        """Refuses an adapter that is not there, before anything runs.
+
+        Raises:
+          InputError: there is none, though a condition is asked of it.
+        """
+        if self._adapted():
+            self.adapter()
+
+    def _adapted(self) -> bool:
+        """Whether 'sft' is an adapter from elsewhere."""
+        return any(condition.finetuned for condition in self.conditions) and not self.trains
+
     def model(self, condition: Condition | None = None):
         """The model that a condition is asked of (None: the pretrained one), on its mesh; the one before is let go."""
         wanted = condition.name if condition is not None and condition.finetuned else ""
@@ -120,7 +133,7 @@ class Experiment:
             arch = pretrained.read_architecture(self.checkpoint()[0])
             check_sites(arch, (self.config.collect.site,))  # before its weights are read
             layer_numbers(self.config.collect.layers, arch.num_layers, "config.collect.layers")
-            if any(condition.finetuned for condition in self.conditions) and not self.trains:
+            if self._adapted():
                 peft.read_adapter(self.adapter()[0], arch)  # likewise
             choice = runtime.choose_mesh(arch, self.config, self.prompts, self.training_texts(), self.finetuning)
             print(choice, flush=True)
@@ -194,8 +207,7 @@ class Experiment:
           InputError: a stage's name is unknown, or one needs another that has not been run.
         """
         self.limit(stages)
-        if any(condition.finetuned for condition in self.conditions) and not self.trains:
-            self.adapter()  # is there, before anything runs
+        self.check_adapter()
         pretrained = [condition for condition in self.conditions if not condition.finetuned]
         if pretrained and "collect" in stages:
             self._collect(pretrained)
@@ -233,6 +245,7 @@ class Experiment:
                                      trackers=tuple(config.trackers), label="sft")  # fmt: skip
         del model
         stage.commit(**facts, seconds=self.seconds["finetune"], versions=runtime.describe())
+        print(f"{stage.folder}: {training.outcome(facts)}", flush=True)
         self._leave(stage.folder)
 
     def _leave(self, folder: Path) -> None:
@@ -356,7 +369,7 @@ class Experiment:
 
     def _facts(self) -> dict[str, Any]:
         config, questions = self.config, self.questions
-        return {
+        facts = {
             "Model": config.model.source,
             "Questions": f"{len(questions.test)} of {len(questions.subjects)} subjects ({config.data.source})",
             "Conditions": ", ".join(c.name for c in self.conditions),
@@ -364,6 +377,13 @@ class Experiment:
                       f"layers: {config.collect.layers}",
             "Density": f"k = {config.landscape.k} neighbours, peaks at Z = {config.landscape.z}",
         }
+        if self.trains:
+            trained = self.finetune_stage().manifest()
+            facts["Fine-tuning"] = training.described(self.finetuning, config.finetune.splits)
+            facts["Fine-tuning"] += f": {training.outcome(trained)}" if trained else ""
+        elif self._adapted():
+            facts["Fine-tuning"] = f"the adapter in {config.finetune.adapter}"
+        return facts
 
     def _manifests(self) -> dict[str, dict]:
         """Manifest of every finished stage, by what it did."""
@@ -381,6 +401,8 @@ class Experiment:
 
         manifests, (path, sha256) = self._manifests(), self.checkpoint()
         facts = {"model, SHA-256": sha256, "questions, SHA-256": self.questions.fingerprint()}
+        if self._adapted():
+            facts["adapter, SHA-256"] = self.adapter()[1]
         if commit := commit_of(path):
             facts["model, commit"] = commit
         facts |= {f"{name}, seconds": _seconds(m) for name, m in manifests.items()}

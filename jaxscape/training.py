@@ -1,7 +1,8 @@
 """The stage of fine-tuning: questions -> what is trained on and followed; and what it leaves for other programs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,29 @@ def validation_set(tokenizer, questions: Sequence[Question], limit: int) -> Vali
     names = list(dict.fromkeys(q.subject for q in questions))
     places = np.array([names.index(q.subject) for q in questions])
     return ValidationSet(tokens, np.array([q.answer for q in questions]), places, names)
+
+
+def described(finetuning, splits: Sequence[str]) -> str:
+    """How the model is fine-tuned, in words.
+
+    Args:
+      finetuning: ``FinetuneConfig``.
+      splits: trained on.
+    """
+    lora, how = finetuning.lora, "all weights"
+    if finetuning.method == "lora":
+        kind = "DoRA" if lora.dora else "LoRA"
+        how = f"{kind} of rank {lora.rank} on {', '.join(lora.targets)}, scale {lora.scale:g}, dropout {lora.dropout:g}"
+    return (f"{how}; {finetuning.optimizer}, peak rate {finetuning.learning_rate:g}, {finetuning.steps} steps of "
+            f"{finetuning.batch_size} questions ({', '.join(splits)})")  # fmt: skip
+
+
+def outcome(facts: Mapping[str, Any]) -> str:
+    """How the training ended, in words; ``facts`` are those of ``trainer.finetune``."""
+    said = f"mean loss of the last steps {facts['final_loss']:.3f}"
+    if (accuracy := facts.get("validation_accuracy_micro")) is not None:
+        said += f", validation accuracy {accuracy:.3f}"
+    return said
 
 
 def base_name(source: str, path: Path) -> str:

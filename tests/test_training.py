@@ -65,6 +65,18 @@ def test_training_is_written_down_as_the_configuration_says(followed):
     assert manifest["kept_steps"] == [1, 3, 12]
 
 
+def test_training_is_told_in_words(followed, tmp_path, capsys):
+    page = (followed[0] / "report/index.html").read_text()
+    manifest = json.loads((followed[0] / "checkpoints/sft/manifest.json").read_text())
+    for words in ("LoRA of rank 4 on ", "peak rate 0.03, 12 steps of 4 questions (dev, train)",
+                  f"validation accuracy {manifest['validation_accuracy_micro']:.3f}"):  # fmt: skip
+        assert words in page
+    adapter = str(followed[0] / "checkpoints/sft/adapter")
+    run_here(small_config(conditions=("sft",), finetune__adapter=adapter), tmp_path / "a")
+    page = (tmp_path / "a/report/index.html").read_text()
+    assert adapter in page and "adapter, SHA-256" in page and "mean loss" not in page
+
+
 def test_training_is_not_lost_when_its_export_fails(tmp_path, monkeypatch, raises_input_error):
     steps, config = [], small_config(conditions=("sft",), finetune__export_merged=True, finetune__validation="",
                                      finetune__evaluations=0)  # fmt: skip

@@ -21,7 +21,7 @@ class LayerScores(NamedTuple):
       core_fraction: share of points that are core, not halo.
       ari_subject: adjusted Rand index of the peaks with the subjects.
       ari_answer: with the right answers.
-      ari_prediction: with the predicted answers.
+      ari_prediction: with the predicted answers; NaN where they are all the same.
       neighbors_same_subject: mean share of a fixed number of nearest neighbours that have the point's subject; every
         point weighs the same (classes are not balanced).
       neighbors_same_answer: mean share that have its right answer.
@@ -78,10 +78,17 @@ def score_layer(
         core_fraction=float(np.mean(core)),
         ari_subject=float(adjusted_rand_index(peak_labels, subjects[kept])),
         ari_answer=float(adjusted_rand_index(peak_labels, answers[kept])),
-        ari_prediction=float(adjusted_rand_index(peak_labels, predictions[kept])),
+        ari_prediction=_ari_prediction(peak_labels, predictions[kept]),
         neighbors_same_subject=float(label_overlap(neighbor_indices, subjects[kept], neighbors)),
         neighbors_same_answer=float(label_overlap(neighbor_indices, answers[kept], neighbors)),
     )
+
+
+def _ari_prediction(peak_labels: np.ndarray, predictions: np.ndarray) -> float:
+    """NaN where every question gets the same answer: one peak would match that perfectly, and mean nothing."""
+    if (predictions == predictions[0]).all():
+        return float("nan")
+    return float(adjusted_rand_index(peak_labels, predictions))
 
 
 def degenerate_layer(n_points: int, n_distinct: int) -> LayerScores:

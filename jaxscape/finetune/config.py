@@ -66,10 +66,9 @@ class FinetuneConfig:
         for name in ("steps", "batch_size", "accumulation", "checkpoints", "save_every", "keep", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"config.finetune.{name} = {getattr(self, name)}: must be greater than 0")
-        if self.evaluations < 0 or not 0 <= self.clip_norm < math.inf:
-            raise InputError(
-                f"config.finetune.evaluations = {self.evaluations}, clip_norm = {self.clip_norm}: must be 0 or more"
-            )
+        for name in ("evaluations", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"config.finetune.{name} = {getattr(self, name)}: must be 0 or more")
         for name in ("warmup_ratio", "final_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"config.finetune.{name} = {getattr(self, name)}: must be in [0, 1]")

@@ -81,7 +81,7 @@ class Progress:
         now = time.perf_counter()
         seconds, self._mark = now - self._mark, now
         self._losses.append(loss)
-        said = f"loss {sum(self._losses) / len(self._losses):.3f}"
+        said = f"mean loss {sum(self._losses) / len(self._losses):.3f}"
         if not compiled:
             self._tokens, self._seconds = self._tokens + tokens, self._seconds + seconds
             self._rates.append((self._batch_size, tokens, seconds))

@@ -93,8 +93,8 @@ def check_trackers(names: Sequence[str]) -> None:
             importlib.import_module(_PACKAGES[name])
         except ImportError as error:
             raise InputError(
-                f"config.finetune.trackers {name!r} needs {_PACKAGES[name]} ({error}): pip install 'jaxscape[{name}]', "
-                f"or pip install {_PACKAGES[name]}"
+                f"config.finetune.trackers {name!r} needs {_PACKAGES[name]} ({error}): pip install {_PACKAGES[name]}, "
+                f"or in the clone pip install -e '.[{name}]'"
             ) from None
 
 

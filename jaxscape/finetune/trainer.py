@@ -358,11 +358,12 @@ def finetune(
         start = config.steps if finished else checkpoints.newest()
         if start and not finished:
             run.restore(checkpoints.restore)
-        told = dataclasses.asdict(config)
-        following = stack.enter_context(Trackers(trackers, folder, label=label, config=told, start=start))
+        fields = dataclasses.asdict(config)
+        following = stack.enter_context(Trackers(trackers, folder, label=label, config=fields, start=start))
         if start < config.steps:
             parts = {"trained": run.trainable, "frozen": run.frozen, "of the optimizer's": run.opt_state}
-            print(*memory_lines(parts, run.temporary_bytes(start)), sep="\n", flush=True)
+            told = (*memory_lines(parts, run.temporary_bytes(start)), f"log: {folder / LOG}, as it goes")
+            print(*told, sep="\n", flush=True)
         loop = _Loop(run, checkpoints, _evaluator(run, model, validation), following, start, label)
         stack.callback(loop.close)
         loop.go(interruption)

@@ -315,7 +315,8 @@ def _stack(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], arch: A
         shown = "; ".join(problems[:_LISTED])
         shown += f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         only = config.get("layers_to_transform")
-        shown += f" (layers_to_transform = {only}; implemented: all layers)" if only is not None else ""
+        if only is not None:
+            shown = f"layers_to_transform = {only}, but adapters of all layers are needed; {shown}"
         raise InputError(f"{where}: the adapter does not fit the model ({arch.family}, {arch.num_layers} layers, width "
                          f"{arch.width}): {shown}")
     return found

@@ -64,6 +64,17 @@ def test_scores_of_a_survey_fit_together():
     assert scores.neighbors_same_subject == 1.0 and scores.intrinsic_dim > 1
 
 
+def test_one_answer_to_everything_matches_no_peak():
+    """Two partitions of one part each have an ARI of 1, which says nothing."""
+    one, scattered = np.zeros(N, int), np.arange(N) % 3
+    found = [score_layer(
+        n_points=N, kept=np.arange(N), neighbor_indices=np.tile(np.arange(16), (N, 1)), peak_labels=one,
+        core=np.ones(N, bool), intrinsic_dim=2.0, intrinsic_dim_error=0.1, subjects=scattered, answers=scattered,
+        predictions=predictions, neighbors=16,
+    ).ari_prediction for predictions in (one, scattered)]  # fmt: skip
+    assert np.isnan(found[0]) and found[1] == 0
+
+
 def test_degenerate_layer_has_counts_and_no_scores():
     found = degenerate_layer(36, 1)
     assert found[:2] == (36, 35) and LayerScores._fields[:2] == ("n_points", "n_duplicates")

@@ -47,4 +47,4 @@ def test_rates_leave_out_what_compiled_and_what_is_no_step(clock, capsys):
         assert bar.step(0.0, 300, compiled=False) == 75.0
         assert bar.tokens_per_second() == 100.0
     said = capsys.readouterr().err
-    assert "finetune sft" in said and "3/4" in said and "loss 1.000, 5.3 questions/s, 100 tokens/s" in said
+    assert "finetune sft" in said and "3/4" in said and "mean loss 1.000, 5.3 questions/s, 100 tokens/s" in said

@@ -78,7 +78,7 @@ def test_trackers_are_closed_when_the_run_fails(runs, tmp_path):
 @pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
 def test_missing_package_is_named_with_what_installs_it(name, package, monkeypatch, raises_input_error):
     monkeypatch.setitem(sys.modules, package, None)
-    with raises_input_error("config.finetune.trackers", f"'{name}'", f"pip install 'jaxscape[{name}]'", package):
+    with raises_input_error("config.finetune.trackers", f"'{name}'", f"pip install -e '.[{name}]'", package):
         check_trackers([name])
 
 
