@@ -1,4 +1,4 @@
-"""The one error that means "the input is wrong, not the program"; and how a run is ended from outside."""
+"""The one error that means "the input is wrong, not the program"; what a run is ended by from outside; a full disk."""
 
 _FULL = ("No space left", "quota exceeded")
 

@@ -65,7 +65,7 @@ def test_training_is_written_down_as_the_configuration_says(followed):
     assert manifest["kept_steps"] == [1, 3, 12]
 
 
-def test_training_is_told_in_words(followed, tmp_path, capsys):
+def test_training_is_told_in_words(followed, tmp_path):
     page = (followed[0] / "report/index.html").read_text()
     manifest = json.loads((followed[0] / "checkpoints/sft/manifest.json").read_text())
     for words in ("LoRA of rank 4 on ", "peak rate 0.03, 12 steps of 4 questions (dev, train)",

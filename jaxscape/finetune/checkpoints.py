@@ -8,7 +8,6 @@ Orbax writes a step in a folder of another name, and renames it once it is whole
 
 import contextlib
 import logging
-import math
 import os
 import shutil
 import sys
@@ -22,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxscape.errors import InputError, disk_is_full
+from jaxscape.models.memory import bytes_on_device
 from jaxscape.models.tensor_names import ParamPath
 
 STATE, KEPT = "state", "kept"
@@ -66,7 +66,7 @@ class Checkpoints:
           like: a tree of arrays like those that will be saved.
         """
         self.folder = folder
-        largest = max(map(_bytes_together, jax.tree.leaves(like)))
+        largest = max(bytes_on_device(leaf, leaf.sharding) for leaf in jax.tree.leaves(like))  # written at once
         self._managers = {kind: _manager(folder / kind, most, largest) for kind, most in ((STATE, keep), (KEPT, None))}
         self._writing = {STATE: 0, KEPT: 0}
         self._quiet, self._failed = contextlib.ExitStack(), False
@@ -241,11 +241,6 @@ def load_trained(folder: Path, step: int | None = None) -> dict[ParamPath, np.nd
 def discard_states(folder: Path) -> None:
     """Removes the states that only an unfinished run needs: three times the size of what was trained, each."""
     shutil.rmtree(folder / STATE, ignore_errors=True)
-
-
-def _bytes_together(array: jax.Array) -> int:
-    """Bytes of an array that lie on one device, which Orbax writes at once."""
-    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
 def _handler(largest: int = 0) -> ocp.PyTreeCheckpointHandler:

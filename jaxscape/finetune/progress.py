@@ -1,6 +1,5 @@
 """What a user sees of a training run: what it holds in memory, how far it is, how fast it goes."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -8,7 +7,7 @@ from collections.abc import Iterable
 import jax
 from tqdm import tqdm
 
-from jaxscape.models.memory import readable
+from jaxscape.models.memory import bytes_on_device, readable
 
 _RECENT = 20  # steps that the bar's loss and rates are means of
 
@@ -17,7 +16,7 @@ def bytes_by_device(tree) -> dict[jax.Device, int]:
     """Bytes that a tree of arrays takes on each of this process's devices."""
     held: dict[jax.Device, int] = {}
     for leaf in jax.tree.leaves(tree):
-        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        size = bytes_on_device(leaf, leaf.sharding)
         for device in leaf.sharding.addressable_devices:
             held[device] = held.get(device, 0) + size
     return held

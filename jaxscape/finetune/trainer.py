@@ -220,7 +220,8 @@ class _Loop:
         """Does what is to be done with the parameters that ``step`` steps have left."""
         keeps = step in self.config.kept_steps() and step not in self.kept
         saves = step % self.config.save_every == 0 and self.start < step < self.config.steps
-        if not (keeps or saves or self._asks(step)):
+        asks = self._asks(step)
+        if not (keeps or saves or asks):
             return
         self._record(0)
         if keeps:
@@ -228,7 +229,7 @@ class _Loop:
             self.kept.add(step)
         if saves:
             self._save(step)
-        if self._asks(step):
+        if asks:
             self._ask(step)
         self.progress.go()
 
@@ -241,8 +242,8 @@ class _Loop:
 
     def _asks(self, step: int) -> bool:
         """Whether the validation questions are still to be asked after ``step`` steps."""
-        asked = any(row["step"] == step for row in self.validation.rows)
-        return bool(self.evaluate) and not asked and step in self.config.evaluated_steps()
+        wanted = bool(self.evaluate) and step in self.config.evaluated_steps()
+        return wanted and all(row["step"] != step for row in self.validation.rows)
 
     def _ask(self, step: int) -> None:
         found = self.evaluate(self.run.trainable, self.run.frozen)

@@ -149,8 +149,8 @@ def project(projections: Sequence[Projection], x: jax.Array, dropout_key: jax.Ar
     if adapters:
         (rate,) = {adapter.config.dropout for adapter in adapters.values()}
         dropped = zeroed(x, rate, dropout_key) if dropout_key is not None and rate > 0 else None
-        halves = low_ranks(x if dropped is None else dropped, list(adapters.values()))
-        halves = dict(zip(adapters, halves, strict=True))
+        found = low_ranks(x if dropped is None else dropped, list(adapters.values()))
+        halves = dict(zip(adapters, found, strict=True))
     return [p(x, halves.get(number), dropped) for number, p in enumerate(projections)]
 
 

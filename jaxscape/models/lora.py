@@ -73,7 +73,7 @@ def init_adapter(part: str, shape: tuple[int, ...], key: jax.Array, kernel: jax.
     if part == "b":
         return jnp.zeros(shape)
     if part == "m":
-        return jax.jit(lambda kernel: column_lengths(kernel.astype(jnp.float32)))(kernel)  # no float32 copy of it
+        return _float32_column_lengths(kernel)
     bound = shape[2] ** -0.5  # kaiming_uniform with a = sqrt(5)
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
@@ -81,6 +81,12 @@ def init_adapter(part: str, shape: tuple[int, ...], key: jax.Array, kernel: jax.
 def column_lengths(kernel: jax.Array) -> jax.Array:
     """Euclidean length of each output's column: [..., inputs, outputs] -> [..., outputs]."""
     return jnp.sqrt(jnp.sum(jnp.square(kernel), axis=-2))
+
+
+@jax.jit
+def _float32_column_lengths(kernel: jax.Array) -> jax.Array:
+    """Compiled, so that no float32 copy of the kernel is held."""
+    return column_lengths(kernel.astype(jnp.float32))
 
 
 def low_ranks(x: jax.Array, adapters: Sequence["Adapter"]) -> list[jax.Array]:

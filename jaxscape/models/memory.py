@@ -118,12 +118,16 @@ def parameter_count(arch: Architecture) -> int:
     return sum(math.prod(leaf.shape) for leaf in parameter_shapes(arch).values())
 
 
+def bytes_on_device(leaf: jax.Array | jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> int:
+    """Bytes of the part of an array that one device holds."""
+    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
 def _parts(leaves, shape: MeshShape) -> dict[tuple[str, ...], int]:
     """Bytes of each parameter on one device."""
     mesh = AbstractMesh(shape, AXES)
     return {
-        path: math.prod(NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)).shard_shape(leaf.shape))
-        * leaf.dtype.itemsize
+        path: bytes_on_device(leaf, NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)))
         for path, leaf in leaves.items()
     }
 
